@@ -1,0 +1,252 @@
+"""The plugin API: what a loss or a mask declares, what it is given, and where it is registered.
+
+A plugin is a pydantic model: its fields are its preset keys, so that a misspelt key is refused before any
+weight is loaded. A loss returns one value for each sample, a mask one picture of weights for each sample:
+
+    from spf_kit.losses import Loss, Step, Tensor, per_sample, register
+
+    @register("l1")
+    class L1(Loss):
+        \"\"\"Mean absolute error of the prediction, |target - prediction|.\"\"\"
+
+        def __call__(self, step: Step) -> Tensor:
+            return per_sample((step.target - step.response.prediction).abs(), step.mask)
+
+Shapes: B samples, C latent channels, h x w latent size, L tokens, Q pixels of a layer, d features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from spf_kit.errors import UserError
+
+if TYPE_CHECKING:
+    from spf_kit.data.captions import Caption
+    from spf_kit.families.noise import NoiseProcess
+
+__all__ = [
+    "Field", "Literal", "Loss", "Mask", "ModelPass", "Needs", "PassName", "Plugin", "Prior", "PriorBatch",
+    "Step", "Tensor", "model_validator", "per_sample", "register", "registered",
+]  # fmt: skip
+
+PassName = Literal["reference", "reference_full", "reference_blank", "response", "plain", "blank"]
+
+PASSES: Mapping[PassName, tuple[bool, str]] = {
+    # name: (adapter on?, caption). Adapter-off passes come first, nothing toggles before the backward.
+    "reference": (False, "base"),
+    "reference_full": (False, "full"),
+    "reference_blank": (False, "blank"),
+    "response": (True, "full"),
+    "plain": (True, "base"),
+    "blank": (True, "blank"),
+}
+
+
+@dataclass(frozen=True)
+class Prior:
+    """An own batch of pictures of the general class, drawn by the frozen base before the training starts.
+
+    `path` names a folder of ready pictures with captions instead; "" draws them from the captions' c_base.
+    """
+
+    count: int = 64
+    path: str = ""
+    steps: int = 25
+    cfg: float = 5.0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a plugin reads. The trainer runs the union of what the active plugins need, once."""
+
+    passes: frozenset[PassName] = frozenset({"response"})
+    prior: Prior | None = None
+
+    @classmethod
+    def of(cls, *passes: PassName, prior: Prior | None = None) -> Needs:
+        return cls(frozenset(passes), prior)
+
+    def __or__(self, other: Needs) -> Needs:
+        if self.prior and other.prior and self.prior != other.prior:
+            raise UserError(
+                f"two losses need different prior pictures ({self.prior} and {other.prior}): "
+                "give them the same settings"
+            )
+        return Needs(self.passes | other.passes, self.prior or other.prior)
+
+    @classmethod
+    def nothing(cls) -> Needs:
+        return cls(frozenset())
+
+
+@dataclass(frozen=True)
+class ModelPass:
+    """One run of the model over the noisy latents: its prediction, (B, C, h, w), in the base's own kind
+    (epsilon, v or flow). Without gradient when the adapter was off."""
+
+    prediction: Tensor
+
+
+@dataclass(frozen=True)
+class PriorBatch:
+    """Prior pictures at this step: the prediction with the adapter on, and what it should have been."""
+
+    prediction: Tensor
+    target: Tensor
+    timesteps: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything that a plugin may look at in one training step."""
+
+    latents: Tensor  # (B, C, h, w) clean, scaled as the model wants them
+    noise: Tensor  # (B, C, h, w)
+    noisy_latents: Tensor  # (B, C, h, w) z_t
+    timesteps: Tensor  # (B,) int64; flow models: float in [0, 1000]
+    target: Tensor  # (B, C, h, w) what `prediction` should be: noise, velocity or flow
+    process: NoiseProcess  # snr(), clean(): see families/noise.py
+    captions: Sequence[Caption]  # B captions with .base, .target, .full and .phrases
+    sample_ids: Sequence[str]  # B stable names, for state kept for each picture
+    number: int = 0  # counts from 1
+    progress: float = 0.0  # share of the run that is done, [0, 1)
+    passes: Mapping[str, ModelPass] = field(default_factory=dict)
+    prior_batch: PriorBatch | None = None
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # by id, each (B, 1, h, w) in [0, 1]
+    mask: Tensor | None = None  # the one that the reading loss asked for with `mask = "id"`
+    reader: str = "this plugin"
+
+    @property
+    def reference(self) -> ModelPass:
+        """Adapter off, c_base: what the frozen base says."""
+        return self.run("reference")
+
+    @property
+    def response(self) -> ModelPass:
+        """Adapter on, c_full: what is being trained."""
+        return self.run("response")
+
+    @property
+    def plain(self) -> ModelPass:
+        """Adapter on, c_base: what the adapter does where it was not asked for."""
+        return self.run("plain")
+
+    @property
+    def prior(self) -> PriorBatch:
+        """The own batch of prior pictures. Raises RuntimeError if not declared in `needs`."""
+        return self.prior_batch if self.prior_batch is not None else self._undeclared("prior")
+
+    def run(self, name: PassName) -> ModelPass:
+        """One of the model's passes, by name. Raises RuntimeError if not declared in `needs`."""
+        return self.passes[name] if name in self.passes else self._undeclared(name)
+
+    def _undeclared(self, name: str) -> NoReturn:
+        raise RuntimeError(f"{self.reader} reads {name!r}, which its needs do not declare")
+
+    def seen_by(self, plugin: Plugin) -> Step:
+        """This step with only what `plugin` declared, so that an undeclared read fails at once."""
+        needs = plugin.needs
+        mask_id = getattr(plugin, "mask", None)
+        return replace(
+            self,
+            passes={name: run for name, run in self.passes.items() if name in needs.passes},
+            prior_batch=self.prior_batch if needs.prior else None,
+            mask=self.masks[mask_id] if mask_id else None,
+            reader=f"the plugin {plugin.name!r}",
+        )
+
+
+class Plugin(BaseModel):
+    """What losses and masks share. `start` and `end` are shares of the run; outside them it costs nothing."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+    name: ClassVar[str] = ""
+
+    id: str = Field("", description="name in this preset; default: the plugin's name")
+    start: float = Field(0.0, ge=0, le=1, description="share of the run after which it acts (a stage)")
+    end: float = Field(1.0, ge=0, le=1, description="share of the run after which it no longer acts")
+
+    @model_validator(mode="after")
+    def _common(self) -> Plugin:
+        if self.start >= self.end:
+            raise ValueError(f"start = {self.start} must be less than end = {self.end}")
+        self.id = self.id or self.name
+        return self
+
+    @property
+    def needs(self) -> Needs:
+        """What `__call__` reads; may depend on the fields."""
+        return Needs()
+
+    def active(self, progress: float) -> bool:
+        return self.start <= progress < self.end
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive an interruption (an EMA of maps); tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"the plugin {self.name!r} keeps no state but was given {sorted(state)}")
+
+
+class Loss(Plugin):
+    """A term of the sum that is minimised: weight x mean over samples of `__call__(step)`, which is (B,)."""
+
+    weight: float = Field(1.0, description="factor of this term in the sum")
+    mask: str | None = Field(None, description="id of a mask plugin that stands before this entry")
+
+    def __call__(self, step: Step) -> Tensor:
+        raise TypeError(f"the loss {self.name!r} defines no __call__")
+
+
+class Mask(Plugin):
+    """A picture of weights in [0, 1] for each sample, (B, 1, h, w), without gradient; losses name it."""
+
+    def __call__(self, step: Step) -> Tensor:
+        raise TypeError(f"the mask {self.name!r} defines no __call__")
+
+
+def per_sample(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over all but the first dimension: (B, ...) to (B,). With a mask, (B, 1, h, w), each value counts
+    times its mask; the divisor stays the number of values, as in METHOD's |.|^2."""
+    return (values if mask is None else values * mask).flatten(1).mean(dim=1)
+
+
+# --- the registry -----------------------------------------------------------------------------------------
+
+_registry: dict[str, type[Plugin]] = {}
+P = TypeVar("P", bound=Plugin)
+
+
+def register(name: str) -> Callable[[type[P]], type[P]]:
+    """Make a plugin known by `name`, the value of `plugin = "..."` in presets.
+
+    Raises UserError if another module took the name, naming both modules.
+    """
+
+    def decorate(cls: type[P]) -> type[P]:
+        other = _registry.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise UserError(
+                f"two loss plugins are called {name!r}: {other.__module__}.{other.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}; rename one"
+            )
+        if not issubclass(cls, (Loss, Mask)):
+            raise TypeError(f"{cls.__qualname__} must derive from Loss or Mask to be registered as {name!r}")
+        cls.name = name
+        _registry[name] = cls
+        return cls
+
+    return decorate
+
+
+def registered() -> Mapping[str, type[Plugin]]:
+    """What has been registered so far; `spf_kit.discovery.available()` loads the plugins first."""
+    return _registry

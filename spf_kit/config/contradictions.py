@@ -1,0 +1,171 @@
+"""Settings that are each right and together wrong, and settings that have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from spf_kit.config.paths import EMBEDDED
+from spf_kit.config.problems import Origin, Problems, show, unknown
+from spf_kit.embedded import data_names
+from spf_kit.errors import UserError
+from spf_kit.schema import Config
+
+if TYPE_CHECKING:
+    from spf_kit.losses import Loss, Plugin
+
+Origins = Mapping[str, Origin]
+
+
+def check_sections(
+    config: Config,
+    origins: Origins,
+    wrong: set[str],
+    family: str | None,
+    preset: Origin,
+    problems: Problems,
+) -> None:
+    """Report contradictions between sections. `wrong` keys have been reported and count as their defaults;
+    `family` is None where the base is unknown."""
+    if "data.path" not in wrong:
+        _check_pictures(config, origins, family, preset, problems)
+    train, data = config.train, config.data
+    text_rate = (
+        train.learning_rate / 2
+        if train.text_encoder_learning_rate is None
+        else train.text_encoder_learning_rate
+    )
+    if train.learning_rate == 0 and not ("text-encoder" in config.adapter.targets and text_rate > 0):
+        problems.add(
+            origins["train.learning_rate"], "train.learning_rate = 0: nothing would be trained; 1e-4 is usual"
+        )
+    if not data.buckets and data.resolution % data.bucket_step:
+        below = max(data.resolution // data.bucket_step, 1) * data.bucket_step
+        problems.add(
+            origins["data.resolution"],
+            f"data.resolution = {data.resolution}: without buckets it must be a multiple of "
+            f"data.bucket_step = {data.bucket_step}; take {below} or {below + data.bucket_step}",
+        )
+    if data.resolution < data.bucket_step:
+        problems.add(
+            origins["data.resolution"],
+            f"data.resolution = {data.resolution}: must be at least data.bucket_step = {data.bucket_step}",
+        )
+    targets = config.adapter.targets
+    if len(set(targets)) < len(targets):
+        twice = next(target for target in targets if targets.count(target) > 1)
+        problems.add(
+            origins["adapter.targets"], f"adapter.targets = {show(targets)}: {twice!r} stands in it twice"
+        )
+
+
+def _check_pictures(
+    config: Config, origins: Origins, family: str | None, preset: Origin, problems: Problems
+) -> None:
+    path, remedy = (
+        config.data.path,
+        "give a folder of pictures with --data FOLDER, or [data] path in the preset",
+    )
+    if not path:
+        origin = origins["data.path"] if origins["data.path"].source != "default" else preset
+        problems.add(origin, f"data.path is missing: {remedy}")
+    elif path.startswith(EMBEDDED + ":") and path.removeprefix(EMBEDDED + ":") not in data_names():
+        names = [f"{EMBEDDED}:{name}" for name in data_names()]
+        problems.add(
+            origins["data.path"], f"data.path = {show(path)}: no such sample pictures{unknown(path, names)}"
+        )
+    elif path.startswith(EMBEDDED + ":") and family not in (None, EMBEDDED):
+        problems.add(
+            origins["base.model"],
+            f"base.model = {show(config.base.model)}: needs pictures of its own size, but data.path = "
+            f"{show(path)} ({origins['data.path']}) are 64-pixel drawings for the embedded base; {remedy}",
+        )
+
+
+def check_losses(plugins: Sequence[Plugin], origins: Origins, preset: Origin, problems: Problems) -> None:
+    """Report masks that are missing or too late, stretches of the run without a loss, and needs at odds."""
+    from spf_kit.losses import Loss, Mask
+
+    losses = [plugin for plugin in plugins if isinstance(plugin, Loss)]
+    if not losses:
+        problems.add(
+            preset, 'no loss: extend a recipe, as extends = "recipes/naive", or add a [[loss]] with a plugin'
+        )
+        return
+    masks = {plugin.id: place for place, plugin in enumerate(plugins) if isinstance(plugin, Mask)}
+    for place, plugin in enumerate(plugins):
+        mask = getattr(plugin, "mask", None)
+        if mask is None:
+            continue
+        where, text = origins[f"loss.{plugin.id}.mask"], f"loss.{plugin.id}.mask = {show(mask)}"
+        if mask not in masks:
+            other = any(other.id == mask for other in plugins)
+            hint = "; this is the id of a loss" if other else unknown(mask, masks)
+            problems.add(where, f"{text}: expected the id of a mask{hint or '; the preset has none'}")
+        elif masks[mask] > place:
+            problems.add(where, f"{text}: the mask stands after this entry; put its [[loss]] before")
+        elif not (plugins[masks[mask]].start <= plugin.start and plugin.end <= plugins[masks[mask]].end):
+            by = plugins[masks[mask]]
+            problems.add(
+                where,
+                f"{text}: the mask acts from {by.start} to {by.end} of the run, this loss from "
+                f"{plugin.start} to {plugin.end}; widen the mask or narrow the loss",
+            )
+    _check_coverage(losses, origins, problems)
+    _check_needs(plugins, origins, problems)
+
+
+def _check_coverage(losses: Sequence[Loss], origins: Origins, problems: Problems) -> None:
+    """Every share of the run must have a loss that counts, or there is nothing to minimise there."""
+    acting = sorted((loss for loss in losses if loss.weight), key=lambda loss: loss.start)
+    if not acting:
+        first = losses[0]
+        problems.add(origins[f"loss.{first.id}.weight"], "every loss has weight 0: nothing would be trained")
+        return
+    reached = 0.0
+    for loss in acting:
+        if loss.start > reached:
+            problems.add(
+                origins[f"loss.{loss.id}.start"],
+                f"loss.{loss.id}.start = {loss.start}: no loss acts between {reached} and {loss.start}",
+            )
+            return
+        reached = max(reached, loss.end)
+    if reached < 1:
+        last = max(acting, key=lambda loss: loss.end)
+        problems.add(
+            origins[f"loss.{last.id}.end"],
+            f"loss.{last.id}.end = {last.end}: no loss acts from there to the end",
+        )
+
+
+def _check_needs(plugins: Sequence[Plugin], origins: Origins, problems: Problems) -> None:
+    from spf_kit.losses import Needs
+
+    needs = Needs.nothing()
+    for plugin in plugins:
+        try:
+            needs = needs | plugin.needs
+        except UserError as error:
+            problems.add(origins[f"loss.{plugin.id}.plugin"], f"loss.{plugin.id}: {error}")
+
+
+def ineffective(config: Config, origins: Origins) -> list[str]:
+    """Settings made by hand that change nothing as the others stand: worth a word, no error."""
+    train, data, found = config.train, config.data, []
+
+    def note(key: str, why: str) -> None:
+        if origins[key].source != "default":
+            found.append(f"{origins[key]}: {key} has no effect {why}")
+
+    if data.keep_tokens and not data.shuffle_tags:
+        note("data.keep_tokens", "without data.shuffle_tags = true")
+    if train.text_encoder_learning_rate is not None and "text-encoder" not in config.adapter.targets:
+        note("train.text_encoder_learning_rate", "without 'text-encoder' among adapter.targets")
+    if train.epochs is None and train.warmup >= train.steps:
+        note("train.schedule", f"because train.warmup = {train.warmup} lasts the whole run")
+    if config.preview.prompts and not config.preview.every:
+        note("preview.prompts", "while preview.every = 0")
+    if config.evaluate.prompts and not config.evaluate.enabled:
+        note("evaluate.prompts", "while evaluate.enabled = false")
+    return found

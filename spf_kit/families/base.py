@@ -1,0 +1,135 @@
+"""What a family is: everything that differs between kinds of models, behind one interface.
+
+A family owns loading, the encoding of text and pictures, the prediction, the noise process, the layers
+that adapters sit on, and the names of its parameters in files. Nothing outside `families/` asks which family
+it has.
+
+Shapes: B samples, C latent channels, h x w latent size, H x W picture size, L tokens of a window, n chunks,
+D features of the text encoder.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spf_kit.families.noise import NoiseProcess
+
+Condition = dict[str, Tensor]
+"""What steers a prediction, batch first: `encoder_hidden_states` (B, n L, D); other families add more."""
+
+
+class Family(ABC):
+    """A loaded base model. All its weights are frozen; there is one copy of them.
+
+    `unet`, `vae`, `text_encoder` and `tokenizer` are diffusers' and transformers' own objects; `vae` and
+    `text_encoder` are None between `free_encoders` and `reload_encoders`.
+    """
+
+    name: str  # "sd15", "embedded"
+    base_id: str  # the path or id that it was loaded from, as given
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    noise: NoiseProcess
+    device: torch.device
+    dtype: torch.dtype
+    latent_factor: int  # pixels of one latent's side
+    latent_channels: int  # C
+    resolution: int  # pixels; the side of the square pictures that it was made for
+
+    # --- text ---
+
+    @abstractmethod
+    def encode_text(self, captions: Sequence[str], *, clip_skip: int = 1, chunks: int = 1) -> Condition:
+        """Captions to the condition of `predict`. Differentiable unless under `torch.no_grad`.
+
+        Args:
+            clip_skip: which layer of the text encoder, counted from the end; 1 is the last.
+            chunks: windows of L - 2 tokens; what exceeds them is cut.
+        """
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, without the begin and end tokens."""
+
+    @abstractmethod
+    def cut_words(self, text: str, chunks: int = 1) -> list[str]:
+        """The words that `encode_text` would cut off, from the first that does not fit whole."""
+
+    # --- pictures ---
+
+    @abstractmethod
+    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) in [-1, 1] to mean and standard deviation of the latent distribution, each
+        (B, C, h, w) float32 and scaled as `predict` wants latents. `latent_factor` divides H and W."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to pictures (B, 3, H, W) in [0, 1], float32. Differentiable within (0, 1)."""
+
+    # --- the model ---
+
+    @abstractmethod
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """z_t (B, C, h, w), t (B,) and a condition to the model's own kind of prediction (B, C, h, w), in the
+        dtype of z_t."""
+
+    @abstractmethod
+    def pipeline(self, scheduler: str = "ddim") -> Any:
+        """A diffusers pipeline over these very modules, with a fresh scheduler of that name."""
+
+    # --- adapters and names ---
+
+    @abstractmethod
+    def adapter_modules(self, groups: Iterable[str]) -> dict[str, list[str]]:
+        """The layers of the target groups: component to module names as `named_modules()` has them."""
+
+    @abstractmethod
+    def file_module_name(self, component: str, module: str) -> str:
+        """A runtime module name as adapter files spell it (text encoders: with `text_model.`)."""
+
+    @abstractmethod
+    def runtime_module_name(self, component: str, module: str) -> str:
+        """The inverse of `file_module_name`."""
+
+    @abstractmethod
+    def base_hash(self) -> str:
+        """A hash of the weights' content, for cache keys; the same model hashes the same in any container."""
+
+    # --- memory ---
+
+    @abstractmethod
+    def free_encoders(self) -> None:
+        """Drop the VAE and the text encoder. Whoever trains the text encoder does not call this."""
+
+    @abstractmethod
+    def reload_encoders(self) -> None:
+        """Load what `free_encoders` dropped, from where it came from."""
+
+    def components(self) -> dict[str, nn.Module]:
+        """The modules that adapters can sit on, by component name; a freed text encoder is not among them."""
+        found = {"unet": self.unet, "text_encoder": self.text_encoder}
+        return {name: module for name, module in found.items() if module is not None}
+
+    def modules(self) -> list[nn.Module]:
+        """All modules that are loaded now."""
+        return [module for module in (self.unet, self.vae, self.text_encoder) if module is not None]
+
+    def freeze(self) -> None:
+        """No gradient for any weight, evaluation mode. True after loading."""
+        for module in self.modules():
+            module.requires_grad_(False).eval()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Family:
+        """Move and convert everything that is loaded; later reloads follow."""
+        self.device = torch.device(device) if device is not None else self.device
+        self.dtype = dtype or self.dtype
+        for module in self.modules():
+            module.to(device=self.device, dtype=self.dtype)
+        return self

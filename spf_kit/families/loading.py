@@ -1,0 +1,95 @@
+"""Weights into modules without doubling the memory.
+
+Modules are made on the meta device and take the tensors over as they come from the file: with the file's own
+dtype they stay mapped (no copy at all), else each is converted alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spf_kit.errors import UserError
+from spf_kit.families.sources import Source, read
+
+TEXT_LEVEL = "text_model."
+
+
+def load_module(
+    source: Source, component: str, *, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    """One component of a model, frozen and in evaluation mode.
+
+    Raises UserError if tensors are missing, unknown or of another shape than the config says.
+    """
+    try:
+        module = empty_module(component, source.configs[component])
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        # libraries check a config in many places, each with an error of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the config of the {component} of {source.location!r} cannot be used: {reason}"
+        ) from error
+    wanted = module.state_dict()
+    state: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in read(source.weights(component)):
+        runtime = runtime_name(module, name)
+        if runtime not in wanted:
+            # early files hold the positions 0..76 as a tensor; they are computed now
+            if not name.endswith("position_ids"):
+                unknown.append(name)
+            continue
+        state[runtime] = _fit(tensor, wanted[runtime], name, component, source).to(device, dtype)
+    missing = sorted(wanted.keys() - state.keys())
+    if missing or (unknown and component == "unet"):
+        raise UserError(_misfit(source, component, missing, unknown))
+    module.load_state_dict(state, strict=True, assign=True)
+    module.to(device)  # the text encoder's positions are a buffer, which files do not hold
+    return module.requires_grad_(False).eval()
+
+
+def empty_module(component: str, config: Mapping[str, Any]) -> nn.Module:
+    """The component's module on the meta device: shapes and names, no memory."""
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with init_empty_weights(include_buffers=False):
+        if component == "unet":
+            return UNet2DConditionModel.from_config(dict(config))
+        if component == "vae":
+            return AutoencoderKL.from_config(dict(config))
+        return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+
+
+def runtime_name(module: nn.Module, name: str) -> str:
+    """A name as files have it to the name in this module: transformers 5.6 dropped `text_model.`."""
+    return name if hasattr(module, "text_model") else name.removeprefix(TEXT_LEVEL)
+
+
+def _fit(tensor: Tensor, wanted: Tensor, name: str, component: str, source: Source) -> Tensor:
+    """The tensor in the module's shape: single files hold a VAE's attention as 1x1 convolutions."""
+    if tensor.shape == (*wanted.shape, 1, 1):
+        return tensor.reshape(wanted.shape)
+    if tensor.shape != wanted.shape:
+        raise UserError(
+            f"{source.location!r} does not fit its architecture: {component} {name} has shape "
+            f"{tuple(tensor.shape)}, expected {tuple(wanted.shape)}"
+        )
+    return tensor
+
+
+def _misfit(source: Source, component: str, missing: list[str], unknown: list[str]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing (first: {missing[0]})")
+    if unknown:
+        parts.append(f"{len(unknown)} are unknown (first: {unknown[0]})")
+    return (
+        f"{source.location!r} does not hold a complete {component} of the family {source.name!r}: "
+        f"{' and '.join(parts)}; it may be damaged or of a variant that is not supported"
+    )

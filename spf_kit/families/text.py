@@ -1,0 +1,68 @@
+"""Captions to the text encoder's hidden states: windows of 77 tokens, longer captions in chunks, clip skip.
+
+Shapes: B captions, n chunks, L = 77 tokens of a window, D features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spf_kit.errors import UserError
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text, without begin and end tokens, of any length."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    return ids
+
+
+def windows(tokenizer: Any, captions: list[str], *, chunks: int, length: int) -> Tensor:
+    """Token ids, (B, n, L) int64. Each window is begin + up to L - 2 tokens + end, then padding.
+
+    What exceeds n windows is cut. Unused windows hold the empty text, as A1111 fills them.
+    """
+    room = length - 2
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = []
+    for caption in captions:
+        ids = token_ids(tokenizer, caption)
+        for chunk in range(chunks):
+            part = ids[chunk * room : (chunk + 1) * room]
+            rows.append([begin, *part, end] + [pad] * (room - len(part)))
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(captions), chunks, length)
+
+
+def hidden_states(text_encoder: Any, ids: Tensor, *, clip_skip: int) -> Tensor:
+    """The text encoder's states for windows of ids, (B, n, L) to (B, n L, D).
+
+    `clip_skip` counts layers from the end, 1 is the last; the final layer norm is applied to whichever layer
+    it names, as A1111 and diffusers do. Raises UserError if the encoder has fewer layers.
+    """
+    layers = text_encoder.config.num_hidden_layers
+    if not 1 <= clip_skip <= layers:
+        raise UserError(f"clip_skip = {clip_skip} does not fit this text encoder: it has {layers} layers")
+    flat = ids.flatten(0, 1).to(text_encoder.device)
+    if clip_skip == 1:
+        states = text_encoder(flat).last_hidden_state
+    else:
+        outputs = text_encoder(flat, output_hidden_states=True)
+        inner = getattr(text_encoder, "text_model", text_encoder)
+        states = inner.final_layer_norm(outputs.hidden_states[-clip_skip])
+    return states.reshape(len(ids), -1, states.shape[-1])
+
+
+def cut_words(tokenizer: Any, text: str, room: int) -> list[str]:
+    """The words of `text` that do not fit into `room` tokens, from the first that does not fit whole."""
+    if len(token_ids(tokenizer, text)) <= room:
+        return []
+    words = text.split()
+    used = 0
+    for number, word in enumerate(words):
+        # CLIP splits at white space before it merges, so that words count separately
+        used += len(token_ids(tokenizer, word))
+        if used > room:
+            return words[number:]
+    return []

@@ -1,0 +1,131 @@
+"""LoRA files: read in every common format, written in three, and read back before they take their place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from spf_kit.adapters import formats
+from spf_kit.adapters.fit import check_family, fit
+from spf_kit.adapters.index import PEFT_CONFIG, PEFT_WEIGHTS, LayerKey, index, kind_of
+from spf_kit.adapters.keys import Format
+from spf_kit.adapters.layers import LoraLayer, load_layer
+from spf_kit.adapters.tensors import kohya_hashes, parse_dtype, write_tensors
+from spf_kit.errors import UserError
+from spf_kit.files import atomic
+
+__all__ = ["LoraFile", "LoraLayer", "check_family", "fit", "read", "write"]
+
+
+@dataclass
+class LoraFile:
+    """A LoRA, independent of the file's format.
+
+    Layers are keyed by component ("unet", "text_encoder", "text_encoder_2") and module, named as in published
+    checkpoints: text encoders' begin with `text_model.`.
+    """
+
+    layers: dict[LayerKey, LoraLayer]
+    metadata: dict[str, str] = field(default_factory=dict)
+    format: Format = "kohya"
+    path: Path | None = None
+
+    @property
+    def kind(self) -> Literal["lora", "locon", "dora"]:
+        return kind_of((layer.shape, layer.dora_axis) for layer in self.layers.values())  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest type among the layers."""
+        return max((layer.dtype for layer in self.layers.values()), key=lambda dtype: dtype.itemsize)
+
+    @property
+    def ranks(self) -> set[int]:
+        return {layer.rank for layer in self.layers.values()}
+
+    @property
+    def components(self) -> list[str]:
+        return list(dict.fromkeys(component for component, _ in self.layers))
+
+    @property
+    def name(self) -> str:
+        """For sentences."""
+        return repr(str(self.path)) if self.path else "this LoRA"
+
+
+def read(path: str | Path) -> LoraFile:
+    """Read a .safetensors file of kohya or diffusers, or a peft folder. Tensors keep their types.
+
+    Raises UserError, one sentence, if anything is wrong: missing, not safetensors, truncated, damaged,
+    tensors that are no part of a LoRA, half a pair, shapes that do not fit, NaN or infinite values.
+    """
+    found = index(path)
+    layers = {key: load_layer(layer) for key, layer in found.layers.items()}
+    return LoraFile(layers, dict(found.metadata), found.format, Path(path))
+
+
+def write(
+    lora: LoraFile,
+    path: str | Path,
+    format: Format = "kohya",
+    dtype: str | torch.dtype | None = None,
+) -> Path:
+    """Write a LoRA: a file (kohya, diffusers) or a folder (peft); `dtype` None keeps the layers'.
+
+    The hashes join the metadata. What was written is read back and compared before it takes its place, so
+    that a file that exists is one that loads. An existing file is replaced.
+
+    Raises UserError if a value does not fit the type, the name has the wrong suffix, or the disk refuses.
+    """
+    path, kept = Path(path), parse_dtype(dtype or lora.dtype)
+    if format != "peft" and path.suffix != ".safetensors":
+        raise UserError(f"the LoRA file {str(path)!r} must end in .safetensors: loaders choose by that")
+    if not lora.layers:
+        raise UserError(f"there is nothing to write to {str(path)!r}: the LoRA has no layers")
+    with atomic(path, folder=format == "peft") as temporary:
+        if format == "peft":
+            expected = _write_peft(lora, temporary, kept)
+        else:
+            encode = formats.to_kohya if format == "kohya" else formats.to_diffusers
+            expected = lora.layers if format == "kohya" else _folded(lora, kept)
+            tensors = encode(lora.layers, kept)
+            metadata = {"format": "pt", **lora.metadata}
+            write_tensors(temporary, tensors, metadata | kohya_hashes(tensors, lora.metadata))
+        _verify(temporary, expected, kept)
+    return path
+
+
+def _folded(lora: LoraFile, dtype: torch.dtype) -> dict[LayerKey, LoraLayer]:
+    return {key: formats.fold_scale(layer, dtype) for key, layer in lora.layers.items()}
+
+
+def _write_peft(lora: LoraFile, folder: Path, dtype: torch.dtype) -> Mapping[LayerKey, LoraLayer]:
+    """One component lies in the folder itself, several each in one of its name."""
+    parts = formats.to_peft(lora.layers, dtype)
+    for component, part in parts.items():
+        own = folder if len(parts) == 1 else folder / component
+        own.mkdir(exist_ok=True)
+        metadata = {"format": "pt", **lora.metadata}
+        write_tensors(own / PEFT_WEIGHTS, part.tensors, metadata | kohya_hashes(part.tensors, lora.metadata))
+        text = json.dumps(part.config, indent=2, sort_keys=True, allow_nan=False)
+        (own / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
+    return lora.layers
+
+
+def _verify(path: Path, expected: Mapping[LayerKey, LoraLayer], dtype: torch.dtype) -> None:
+    """Raises RuntimeError unless reading the file gives what was to be written, bit for bit."""
+    found = read(path).layers
+    if found.keys() != expected.keys():
+        wrong = sorted(found.keys() ^ expected.keys())
+        raise RuntimeError(f"the written LoRA lacks or invents {len(wrong)} layers, the first {wrong[0]}")
+    for key, layer in expected.items():
+        wanted, got = layer.to(dtype).tensors(), found[key].tensors()
+        same = wanted.keys() == got.keys() and all(torch.equal(got[p].cpu(), wanted[p].cpu()) for p in wanted)
+        # peft's config keeps alpha as a decimal number, kohya's tensor rounds it to float32
+        if not same or abs(found[key].alpha - layer.alpha) > 1e-6 * abs(layer.alpha):
+            raise RuntimeError(f"the layer {key} was not written as it is")

@@ -1,0 +1,153 @@
+"""A LoRA's layers as the tensors of a file, in kohya's, diffusers' and peft's naming.
+
+What an alpha becomes. kohya: a tensor for each layer. peft: `lora_alpha` and `alpha_pattern` in its config.
+diffusers before 0.35 and ComfyUI take a diffusers file without alphas for alpha = rank, so there the scale is
+multiplied into `lora_B`: every loader then applies the same update.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spf_kit.adapters.index import LayerKey
+from spf_kit.adapters.keys import flatten, kohya_prefix
+from spf_kit.adapters.layers import LoraLayer
+from spf_kit.errors import UserError
+
+Layers = Mapping[LayerKey, LoraLayer]
+
+
+@dataclass(frozen=True)
+class PeftPart:
+    """One component's peft folder."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+def to_kohya(layers: Layers, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`, and LyCORIS' `.dora_scale`."""
+    two = any(component == "text_encoder_2" for component, _ in layers)
+    tensors = {}
+    for (component, module), layer in layers.items():
+        name = f"{kohya_prefix(component, two_text_encoders=two)}_{flatten(module)}"
+        tensors[f"{name}.lora_down.weight"] = cast(layer.down, dtype, name)
+        tensors[f"{name}.lora_up.weight"] = cast(layer.up, dtype, name)
+        tensors[f"{name}.alpha"] = alpha_tensor(layer.alpha, dtype)
+        if layer.dora_scale is not None:
+            tensors[f"{name}.dora_scale"] = cast(layer.dora_scale, dtype, name)
+    return tensors
+
+
+def to_diffusers(layers: Layers, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`unet.….lora_A.weight`, `.lora_B.weight` and `.lora_magnitude_vector.weight`; alpha is the rank."""
+    tensors = {}
+    for (component, module), layer in layers.items():
+        refuse_flat_name(component, module, "diffusers")
+        tensors.update(_peft_tensors(f"{component}.{module}", fold_scale(layer, dtype), dtype))
+    return tensors
+
+
+def to_peft(layers: Layers, dtype: torch.dtype) -> dict[str, PeftPart]:
+    """For each component what `PeftModel.from_pretrained` reads; text encoders named as by transformers 5."""
+    parts = {}
+    for component in dict.fromkeys(component for component, _ in layers):
+        own = {peft_name(m): layer for (c, m), layer in layers.items() if c == component}
+        tensors: dict[str, Tensor] = {}
+        for module, layer in own.items():
+            refuse_flat_name(component, module, "peft")
+            tensors.update(_peft_tensors(f"base_model.model.{module}", layer, dtype))
+        parts[component] = PeftPart(tensors, _peft_config(own))
+    return parts
+
+
+def peft_name(module: str) -> str:
+    """peft matches the names at run time, where transformers 5 has no level `text_model.`."""
+    return module.removeprefix("text_model.")
+
+
+def fold_scale(layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:
+    """The same update with alpha = rank: `up` takes the scale, in float32 until it is cast."""
+    if layer.scale == 1.0:
+        return layer
+    up = (layer.up.to(torch.float32) * layer.scale).to(dtype)
+    return replace(layer, up=up, alpha=float(layer.rank))
+
+
+def _peft_tensors(name: str, layer: LoraLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {
+        f"{name}.lora_A.weight": cast(layer.down, dtype, name),
+        f"{name}.lora_B.weight": cast(layer.up, dtype, name),
+    }
+    if layer.dora_scale is not None:
+        if layer.dora_axis != 0:
+            raise UserError(
+                f"the layer {name!r} has DoRA magnitudes for its inputs, which only kohya's format can hold: "
+                "write it with format kohya"
+            )
+        # peft: (o,) for matrices, (1, o, 1, 1) for convolutions
+        shape = (-1,) if len(layer.shape) == 2 else (1, -1, *[1] * (len(layer.shape) - 2))
+        magnitude = cast(layer.dora_scale, dtype, name).reshape(shape)
+        tensors[f"{name}.lora_magnitude_vector.weight"] = magnitude
+    return tensors
+
+
+def _peft_config(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    from peft import LoraConfig
+
+    ranks = {module: layer.rank for module, layer in layers.items()}
+    alphas = {module: _number(layer.alpha) for module, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = LoraConfig(
+        r=int(rank),
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=sorted(layers),
+        use_dora=any(layer.dora_scale is not None for layer in layers.values()),
+        rank_pattern={module: r for module, r in sorted(ranks.items()) if r != rank},
+        alpha_pattern={module: a for module, a in sorted(alphas.items()) if a != alpha},
+        inference_mode=True,
+    ).to_dict()
+    config["target_modules"] = sorted(layers)  # peft keeps a set, whose order differs between runs
+    return {key: value for key, value in config.items() if key != "task_type"}
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def refuse_flat_name(component: str, module: str, format: str) -> None:
+    """kohya's names whose dots could not be told stay flat, and no other format has such names."""
+    if "." not in module and "_blocks" in module:
+        raise UserError(
+            f"the layer {module!r} of {component} cannot be written in the format {format}: "
+            "its name is none of a Stable Diffusion model"
+        )
+
+
+def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
+    """alpha in the file's type if that holds it exactly, else in float32 (8 * sqrt(8), rank-stabilised)."""
+    tensor = torch.tensor(alpha, dtype=dtype)
+    return tensor if tensor.item() == alpha else torch.tensor(alpha, dtype=torch.float32)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """On the CPU, contiguous, in the file's type.
+
+    Raises UserError for NaN or infinite values, and for finite ones that the type cannot hold.
+    """
+    result = tensor.detach().to("cpu", dtype).contiguous()
+    if not torch.isfinite(result.to(torch.float32)).all():
+        if not torch.isfinite(tensor.to(torch.float32)).all():
+            raise UserError(f"the layer {name!r} holds NaN or infinite values: nothing was written")
+        largest, kept = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"the layer {name!r} holds the value {largest:.4g}, too large for {kept}: save it in "
+            "bfloat16 or float32"
+        )
+    return result

@@ -1,0 +1,245 @@
+"""What a LoRA file says of itself: `ss_*` as kohya's trainer writes it, `modelspec.*` 1.0.1, and `spf_kit.*`.
+
+Loaders and sharing sites read the first two. Only metadata holds times, so that the same run gives the same
+tensors. https://github.com/kohya-ss/sd-scripts (train_network.py), https://github.com/Stability-AI/ModelSpec.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spf_kit import __version__
+from spf_kit.files import atomic, copy_bytes, sha256
+from spf_kit.headers import encode_header, read_header
+
+if TYPE_CHECKING:
+    from spf_kit.config import Resolved
+    from spf_kit.schema import Config
+
+_VERSIONS = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's names
+_ARCHITECTURES = {"sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The facts of a training run that neither the preset nor the data tells."""
+
+    steps: int  # optimizer steps done
+    batches_per_epoch: int
+    started_at: float  # seconds since 1970
+    finished_at: float
+    session_id: str  # the same for all files of one run
+    prediction_type: str = "epsilon"  # of the base: "epsilon", "v_prediction", "flow"
+    processes: int = 1
+    regularisation_pictures: int = 0  # prior pictures
+
+
+def training_metadata(resolved: Resolved, data: Mapping[str, Any], run: Run) -> dict[str, str]:
+    """All metadata of a trained LoRA but the hashes, which `files.write` adds.
+
+    Args:
+        data: what `Dataset.info()` says.
+    """
+    config = resolved.config
+    values: dict[str, Any] = {
+        **_about_run(config, run),
+        **_about_network(config),
+        **_about_optimisation(config),
+        **_about_data(config, data, run),
+        **_about_base(config, resolved.family),
+    }
+    return {
+        **{f"ss_{key}": str(value) for key, value in values.items()},
+        **_modelspec(config, resolved.family, run),
+        "spf_kit.version": __version__,
+        "spf_kit.family": resolved.family,
+        "spf_kit.config": resolved.to_toml(),
+        "spf_kit.data": json.dumps(data, sort_keys=True),
+    }
+
+
+def amend(path: str | Path, entries: Mapping[str, str]) -> None:
+    """Add or replace metadata of a LoRA, a .safetensors file or a peft folder; its tensors keep their bytes.
+
+    Raises UserError if it cannot be read or written, ValueError for the `ss_` keys, which its hashes cover.
+    """
+    covered = [key for key in entries if key.startswith(("ss_", "sshs_"))]
+    if covered:
+        raise ValueError(f"the hashes cover {covered[0]!r}: write the file anew")
+    path = Path(path)
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        header = read_header(file)
+        tensors = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
+        with atomic(file) as temporary, open(file, "rb") as source, open(temporary, "xb") as target:
+            target.write(encode_header(tensors, dict(sorted({**header.metadata, **entries}.items()))))
+            source.seek(header.data_start)
+            copy_bytes(source, sum(info.nbytes for info in header.tensors.values()), target)
+
+
+# --- kohya's part -----------------------------------------------------------------------------------------
+
+
+def _about_run(config: Config, run: Run) -> dict[str, Any]:
+    return {
+        "session_id": run.session_id,
+        "training_started_at": run.started_at,
+        "training_finished_at": run.finished_at,
+        "output_name": config.attribute.name,
+        "seed": config.train.seed,
+        "steps": run.steps,
+        "max_train_steps": run.steps,
+        "epoch": math.ceil(run.steps / max(_steps_per_epoch(config, run), 1)),
+        "num_epochs": math.ceil(run.steps / max(_steps_per_epoch(config, run), 1)),
+        "num_batches_per_epoch": run.batches_per_epoch,
+        "training_comment": f"spf-kit {__version__}",
+        "sd_scripts_commit_hash": None,
+    }
+
+
+def _steps_per_epoch(config: Config, run: Run) -> int:
+    return math.ceil(run.batches_per_epoch / config.train.gradient_accumulation)
+
+
+def _about_network(config: Config) -> dict[str, Any]:
+    adapter = config.adapter
+    alpha = float(adapter.rank if adapter.alpha is None else adapter.alpha)
+    if adapter.rank_stabilized:
+        alpha *= math.sqrt(adapter.rank)  # as in the file, where alpha / rank is the scale
+    arguments: dict[str, Any] = {}
+    if "convolutions" in adapter.targets:
+        arguments |= {"conv_dim": adapter.rank, "conv_alpha": alpha}
+    if adapter.dora:  # kohya's own module has no DoRA, LyCORIS' has
+        arguments |= {"algo": "locon", "dora_wd": True, "wd_on_output": True}
+    return {
+        "network_module": "lycoris.kohya" if adapter.dora else "networks.lora",
+        "network_dim": adapter.rank,
+        "network_alpha": alpha,
+        "network_dropout": adapter.dropout or None,
+        "network_args": json.dumps(arguments),
+    }
+
+
+def _about_optimisation(config: Config) -> dict[str, Any]:
+    train = config.train
+    arguments = ",".join(f"{key}={value}" for key, value in train.optimizer_args.items())
+    text_rate = train.text_encoder_learning_rate
+    if text_rate is None:
+        text_rate = train.learning_rate / 2
+    return {
+        "learning_rate": train.learning_rate,
+        "unet_lr": train.learning_rate,
+        "text_encoder_lr": text_rate if "text-encoder" in config.adapter.targets else None,
+        "optimizer": train.optimizer + (f"({arguments})" if arguments else ""),
+        "lr_scheduler": train.schedule,
+        "lr_warmup_steps": train.warmup,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "gradient_accumulation_steps": train.gradient_accumulation,
+        "max_grad_norm": train.max_grad_norm,
+        "mixed_precision": train.mixed_precision,
+        "full_fp16": False,
+        "noise_offset": train.noise_offset or None,
+        "loss_type": ",".join(entry.id for entry in config.loss) or None,
+        "min_snr_gamma": _loss_option(config, "min_snr_gamma"),
+        "debiased_estimation": bool(_loss_option(config, "debiased")),
+    }
+
+
+def _loss_option(config: Config, key: str) -> Any:
+    """The value of a loss' own key; None where no loss has it."""
+    values = ((entry.model_extra or {}).get(key) for entry in config.loss)
+    return next((value for value in values if value is not None), None)
+
+
+def _about_data(config: Config, data: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    settings, folders = config.data, data.get("folders", {})
+    directories = {
+        name: {"n_repeats": counts["repeats"], "img_count": counts["pictures"]}
+        for name, counts in folders.items()
+    }
+    buckets = {
+        number: {"resolution": [bucket["width"], bucket["height"]], "count": bucket["samples"]}
+        for number, bucket in enumerate(data.get("buckets", []))
+    }
+    return {
+        "num_train_images": data.get("samples", 0),
+        "num_reg_images": run.regularisation_pictures,
+        "batch_size_per_device": config.train.batch_size,
+        "total_batch_size": config.train.batch_size * config.train.gradient_accumulation * run.processes,
+        "resolution": f"({settings.resolution}, {settings.resolution})",
+        "enable_bucket": settings.buckets,
+        "bucket_no_upscale": not settings.upscale,
+        "bucket_info": json.dumps({"buckets": buckets}),
+        "color_aug": False,
+        "flip_aug": settings.flip,
+        "random_crop": settings.crop == "random",
+        "shuffle_caption": settings.shuffle_tags,
+        "keep_tokens": settings.keep_tokens,
+        "caption_dropout_rate": settings.caption_dropout,
+        "max_token_length": None if settings.chunks == 1 else 75 * settings.chunks,
+        "cache_latents": settings.cache != "none",
+        "tag_frequency": json.dumps(data.get("tag_frequencies", {})),
+        "dataset_dirs": json.dumps(directories),
+        "reg_dataset_dirs": json.dumps({}),
+    }
+
+
+def _about_base(config: Config, family: str) -> dict[str, Any]:
+    """Names without folders: a shared file does not tell where its maker keeps things."""
+    base = config.base
+    values: dict[str, Any] = {
+        "base_model_version": _VERSIONS.get(family, family),
+        "v2": family == "sd2",
+        "clip_skip": base.clip_skip if base.clip_skip > 1 else None,
+        "sd_model_name": Path(base.model).name,
+    }
+    if Path(base.model).is_file():
+        values |= {"sd_model_hash": legacy_hash(base.model), "new_sd_model_hash": sha256(base.model)}
+    if base.vae:
+        values["vae_name"] = Path(base.vae).name
+        if Path(base.vae).is_file():
+            values |= {"vae_hash": legacy_hash(base.vae), "new_vae_hash": sha256(base.vae)}
+    return values
+
+
+def legacy_hash(path: str | Path) -> str:
+    """A1111's oldest model hash (AutoV1): 8 digits of the hash of 64 KB from the first megabyte on."""
+    with open(path, "rb") as file:
+        file.seek(0x100000)
+        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
+
+# --- ModelSpec --------------------------------------------------------------------------------------------
+
+
+def _modelspec(config: Config, family: str, run: Run) -> dict[str, str]:
+    """https://github.com/Stability-AI/ModelSpec 1.0.1; `hash_sha256` joins when the file is written."""
+    side = config.data.resolution
+    fields = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{_ARCHITECTURES.get(family, 'stable-diffusion-v1')}/lora",
+        "implementation": "diffusers",
+        "implementation_version": f"spf-kit/{__version__}",
+        "title": config.attribute.name,
+        "resolution": f"{side}x{side}",
+        "date": datetime.fromtimestamp(run.finished_at, UTC).isoformat(timespec="seconds"),
+        "trigger_phrase": config.attribute.target,
+        "prediction_type": "v" if run.prediction_type == "v_prediction" else run.prediction_type,
+    }
+    if config.base.clip_skip > 1:
+        fields["encoder_layer"] = str(config.base.clip_skip)
+    return {f"modelspec.{key}": value for key, value in fields.items()}
+
+
+def parse_json(metadata: Mapping[str, str], key: str) -> Any:
+    """The value of a metadata entry that holds JSON; None if there is none or it is broken."""
+    try:
+        return json.loads(metadata[key])
+    except (KeyError, ValueError, RecursionError):
+        return None

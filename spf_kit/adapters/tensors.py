@@ -1,0 +1,132 @@
+"""Tensors from and to safetensors files, one at a time, with headers that have been checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from spf_kit.errors import UserError
+from spf_kit.headers import DTYPE_BITS, Header, encode_header
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+# safetensors sorts by type first, the later in its own list of types the earlier in the file
+_ORDER = {name: number for number, name in enumerate((
+    "BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64",
+))}  # fmt: skip
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """`"float16"`, `"fp16"`, `"F16"` or a torch type.
+
+    Raises UserError for other names.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    known = {
+        "float32": torch.float32, "fp32": torch.float32, "f32": torch.float32, "float16": torch.float16,
+        "fp16": torch.float16, "f16": torch.float16, "half": torch.float16, "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+    }  # fmt: skip
+    found = known.get(name.removeprefix("torch.").lower())
+    if found is None:
+        raise UserError(f"the dtype {name!r} is unknown: choose float32, float16 or bfloat16")
+    return found
+
+
+def read_tensor(header: Header, name: str, file: BinaryIO | None = None) -> Tensor:
+    """One tensor's own copy, in its own type. `file` is the open file, if more tensors will be read.
+
+    Raises UserError if the file has become shorter or the type is unknown to this torch.
+    """
+    info = header.tensors[name]
+    if info.dtype not in DTYPES:
+        raise UserError(
+            f"{str(header.path)!r} holds {name!r} in the type {info.dtype}, which torch does not know"
+        )
+    if file is None:
+        with open(header.path, "rb") as opened:
+            return read_tensor(header, name, opened)
+    if not info.count:
+        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    data = bytearray(info.nbytes)
+    file.seek(info.start)
+    if file.readinto(data) != info.nbytes:  # type: ignore[attr-defined]
+        raise UserError(f"the file {str(header.path)!r} became shorter while it was read")
+    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(info.shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes as they stand in a file (little endian, row-major)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def sort_for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The order in which safetensors itself stores tensors: by type, then by name. Hashes depend on it."""
+    return dict(sorted(tensors.items(), key=lambda item: (-_ORDER[NAMES[item[1].dtype]], item[0])))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a whole file; the same tensors and metadata give the same bytes, whatever their order."""
+    tensors = sort_for_file(tensors)
+    with open(path, "xb") as file:
+        file.write(header_bytes(tensors, dict(sorted(metadata.items()))))
+        for tensor in tensors.values():
+            file.write(tensor_bytes(tensor))
+
+
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    described = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return encode_header(described, metadata)
+
+
+# --- the hashes that sharing sites and loaders know a file by ---------------------------------------------
+
+
+def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """`sshs_model_hash`, `sshs_legacy_hash` and modelspec's `hash_sha256`, as kohya's scripts compute them.
+
+    The first is the hash of the data section alone, so that other metadata does not change it (its first 12
+    digits are AutoV3). The second is A1111's oldest, 8 digits of the hash of 64 KB from 1 MB on,
+    of the file as with the `ss_` metadata alone. See kohya-ss/sd-scripts, library/train_util.py,
+    `precalculate_safetensors_hashes`.
+    """
+    tensors = sort_for_file(tensors)
+    model, legacy = hashlib.sha256(), hashlib.sha256()
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    position, start, end = 0, 0x100000, 0x110000
+    for number, part in enumerate(_pieces(tensors, training)):
+        if number:
+            model.update(part)
+        legacy.update(part[max(start - position, 0) : max(end - position, 0)])
+        position += len(part)
+    return {
+        "sshs_model_hash": model.hexdigest(),
+        "sshs_legacy_hash": legacy.hexdigest()[:8],
+        "modelspec.hash_sha256": f"0x{model.hexdigest()}",
+    }
+
+
+def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+    yield memoryview(header_bytes(tensors, metadata))
+    for tensor in tensors.values():
+        yield tensor_bytes(tensor)
+
+
+def is_floating(dtype: str) -> bool:
+    """Whether a type of a header can be computed with as a weight."""
+    return dtype in DTYPES and DTYPES[dtype].is_floating_point and DTYPE_BITS[dtype] >= 8

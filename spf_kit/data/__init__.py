@@ -1,0 +1,1 @@
+"""Pictures and captions: reading, checking, grouping, encoding, and batches that are pure functions."""

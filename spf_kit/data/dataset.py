@@ -1,0 +1,283 @@
+"""The training data: checked, encoded, and handed out in batches that are a function of their number.
+
+    dataset = Dataset.prepare(config.data, config.attribute.target, family)
+    batch = dataset.batch(seed, step, batch_size)
+
+`batch` keeps no position and draws no streamed random number. Resuming means asking for the next step, and
+two processes that ask for their halves get together what one process would have got.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spf_kit.data.buckets import (
+    CENTER,
+    Bucket,
+    Rounds,
+    batch_count,
+    epoch_batches,
+    nearest_bucket,
+    part_of_rank,
+)
+from spf_kit.data.cache import LatentCache, View
+from spf_kit.data.captions import Caption, derive, fit, shuffled
+from spf_kit.data.check import Report, check, sizes_for, too_small, window
+from spf_kit.data.pictures import Picture, Progress, Scan, scan
+from spf_kit.data.random import generator, uniform
+from spf_kit.errors import UserError, nearest
+from spf_kit.schema import Data
+
+if TYPE_CHECKING:
+    from spf_kit.families.base import Family
+
+EMBEDDED = "embedded:"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of one size. Masks beside the latents would join here."""
+
+    captions: list[Caption]  # shuffled and dropped as the settings say; dropped: base == full == ""
+    mean: Tensor  # (B, C, h, w) float32, of the VAE's posterior
+    std: Tensor  # (B, C, h, w) float32
+    sample_ids: list[str]
+    indices: list[int]  # number of the draw, counted through all epochs: key noise by it
+    flipped: list[bool]
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One picture with all that is decided before the training."""
+
+    picture: Picture
+    caption: Caption
+    bucket: Bucket
+
+
+class Dataset:
+    """Pictures of one folder. Made by `prepare`."""
+
+    def __init__(
+        self, cfg: Data, target: str, entries: list[Entry], report: Report, family: Family, cache: LatentCache
+    ) -> None:
+        self.cfg = cfg
+        self.target = target
+        self.entries = entries
+        self.report = report
+        self._count_tokens = family.count_tokens
+        self._cache = cache
+        # of each sample of an epoch: its entry and which repeat of it this is
+        self._samples = [
+            (i, turn) for i, entry in enumerate(entries) for turn in range(entry.picture.repeats)
+        ]
+        self._groups = self._rounds()
+        self._epoch: tuple[tuple[int, int, int], list[list[int]]] | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        cfg: Data,
+        target: str,
+        family: Family,
+        *,
+        clip_skip: int = 1,
+        progress: Progress | None = None,
+    ) -> Dataset:
+        """Read, check and encode the pictures of `cfg.path`.
+
+        `clip_skip` changes neither pictures nor captions; it is taken so that a caller can pass on all that a
+        base model was loaded with.
+
+        Raises UserError with everything that is wrong, at once.
+        """
+        found, report = survey(cfg, target, family, progress)
+        report.raise_errors()
+        sizes = sizes_for(cfg)
+        entries = [
+            Entry(
+                picture,
+                fit(derive(picture.caption_text or "", target), family.count_tokens, window(cfg)),
+                nearest_bucket(picture.width, picture.height, sizes),
+            )
+            for picture in found
+            if cfg.upscale or not too_small(picture, cfg)
+        ]
+        cache = LatentCache(cfg.cache, family)
+        flips = (False, True) if cfg.flip else (False,)
+        cache.prepare([View(e.picture, e.bucket, flip=flip) for e in entries for flip in flips], progress)
+        return cls(cfg, target, entries, report, family, cache)
+
+    def __len__(self) -> int:
+        """Samples in an epoch, repeats counted."""
+        return len(self._samples)
+
+    @property
+    def needs_image_encoder(self) -> bool:
+        """Whether `batch` encodes pictures, so that the family must keep its VAE."""
+        return self.cfg.cache == "none"
+
+    def batches_per_epoch(self, batch_size: int, world: int = 1) -> int:
+        """Batches in an epoch; each bucket's last one may be smaller."""
+        return batch_count(self._groups, batch_size * world)
+
+    def steps(self, epochs: int, batch_size: int, world: int = 1, accumulation: int = 1) -> int:
+        """Optimizer steps that show every sample `epochs` times."""
+        return math.ceil(epochs * self.batches_per_epoch(batch_size, world) / accumulation)
+
+    def batch(
+        self,
+        seed: int,
+        step: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        micro: int = 0,
+        accumulation: int = 1,
+    ) -> Batch:
+        """The batch of process `rank` at `step`, a pure function of the arguments.
+
+        Args:
+            step: optimizer steps done before, from 0.
+            batch_size: samples of one process; the global batch, batch_size * world, is of one bucket.
+            micro: which of the `accumulation` batches of this step, from 0.
+        """
+        if not (step >= 0 and 0 <= rank < world and 0 <= micro < accumulation and batch_size >= 1):
+            raise ValueError(f"no batch {micro}/{accumulation} of step {step} for process {rank}/{world}")
+        size = batch_size * world
+        epoch, place = divmod(step * accumulation + micro, self.batches_per_epoch(batch_size, world))
+        mine = part_of_rank(self._order(seed, epoch, size)[place], rank, world)
+        views, captions = zip(*(self._draw(seed, epoch, sample) for sample in mine))
+        latents = [self._cache.get(view) for view in views]
+        return Batch(
+            captions=list(captions),
+            mean=torch.stack([part.mean for part in latents]),
+            std=torch.stack([part.std for part in latents]),
+            sample_ids=[view.picture.sample_id for view in views],
+            indices=[epoch * len(self) + sample for sample in mine],
+            flipped=[view.flip for view in views],
+            epoch=epoch,
+        )
+
+    def texts(self) -> set[str] | None:
+        """Every c_base, c_full and "" that a batch can hold; None where shuffling makes them countless."""
+        if self.cfg.shuffle_tags:
+            return None
+        return {""} | {text for e in self.entries for text in (e.caption.base, e.caption.full)}
+
+    def info(self) -> dict[str, Any]:
+        """What the LoRA file says about its data, as JSON: counts, buckets, tags, hashes, warnings."""
+        return {
+            "pictures": len(self.entries),
+            "samples": len(self),
+            "target": self.target,
+            "captions_with_target": sum(e.caption.names_target for e in self.entries),
+            "resolution": self.cfg.resolution,
+            "folders": self._folder_info(),
+            "buckets": self._bucket_info(),
+            "tag_frequencies": self._tag_frequencies(),
+            "content_hashes": {e.picture.sample_id: e.picture.content_hash for e in self.entries},
+            "warnings": {kind: len(items) for kind, items in self.report.warnings.items()},
+        }
+
+    # --- one draw -----------------------------------------------------------------------------------------
+
+    def _draw(self, seed: int, epoch: int, sample: int) -> tuple[View, Caption]:
+        """What one sample of an epoch shows and says. Keyed by the sample, not by its place in a batch."""
+        number, turn = self._samples[sample]
+        entry, cfg = self.entries[number], self.cfg
+        key = (epoch, entry.picture.sample_id, turn)
+        offset = CENTER
+        if cfg.crop == "random":
+            offset = (uniform(seed, "crop x", *key), uniform(seed, "crop y", *key))
+        flip = cfg.flip and uniform(seed, "flip", *key) < 0.5
+        caption = entry.caption
+        if cfg.caption_dropout and uniform(seed, "caption dropout", *key) < cfg.caption_dropout:
+            caption = caption.dropped()
+        elif cfg.shuffle_tags:
+            # from the whole caption: which tags are cut, where they do not all fit, changes with the order
+            whole = derive(caption.text, self.target)
+            mixed = shuffled(whole, cfg.keep_tokens, generator(seed, "tags", *key))
+            caption = fit(mixed, self._count_tokens, window(cfg))
+        return View(entry.picture, entry.bucket, offset, flip), caption
+
+    def _order(self, seed: int, epoch: int, size: int) -> list[list[int]]:
+        """The batches of an epoch, remembered while it lasts (which changes no answer)."""
+        key = (seed, epoch, size)
+        if self._epoch is None or self._epoch[0] != key:
+            self._epoch = key, epoch_batches(self._groups, size, seed, epoch)
+        return self._epoch[1]
+
+    def _rounds(self) -> list[Rounds]:
+        """For each bucket, the samples of first, second, ... repeats."""
+        groups: dict[Bucket, dict[int, list[int]]] = {}
+        for sample, (number, turn) in enumerate(self._samples):
+            groups.setdefault(self.entries[number].bucket, {}).setdefault(turn, []).append(sample)
+        return [[rounds[turn] for turn in sorted(rounds)] for _, rounds in sorted(groups.items())]
+
+    # --- facts --------------------------------------------------------------------------------------------
+
+    def _folder_info(self) -> dict[str, dict[str, int]]:
+        folders: dict[str, dict[str, int]] = {}
+        for entry in self.entries:
+            counts = folders.setdefault(
+                entry.picture.folder, {"pictures": 0, "repeats": entry.picture.repeats}
+            )
+            counts["pictures"] += 1
+        return folders
+
+    def _bucket_info(self) -> list[dict[str, int]]:
+        pictures = Counter(entry.bucket for entry in self.entries)
+        samples = Counter(self.entries[number].bucket for number, _ in self._samples)
+        return [
+            {"width": b.width, "height": b.height, "pictures": pictures[b], "samples": samples[b]}
+            for b in sorted(pictures)
+        ]
+
+    def _tag_frequencies(self) -> dict[str, dict[str, int]]:
+        """For each folder, how many captions hold a tag. The target counts for every picture."""
+        counts: dict[str, Counter[str]] = {}
+        for entry in self.entries:
+            words = {*entry.caption.phrases, self.target}
+            counts.setdefault(entry.picture.folder, Counter()).update(words)
+        return {
+            folder: dict(sorted(tags.items(), key=lambda item: (-item[1], item[0])))
+            for folder, tags in counts.items()
+        }
+
+
+def survey(cfg: Data, target: str, family: Family, progress: Progress | None = None) -> tuple[Scan, Report]:
+    """Read and check everything, encode nothing: what a dry run does.
+
+    Raises UserError only where there is no folder to look at.
+    """
+    found = scan(data_folder(cfg.path), cfg, progress)
+    return found, check(found, cfg, target, family)
+
+
+def data_folder(path: str) -> Path | str:
+    """The folder that `data.path` means: `embedded:NAME` is a sample set of the package.
+
+    Raises UserError for an unknown NAME, with the nearest there is.
+    """
+    if not path.startswith(EMBEDDED):
+        return path
+    from spf_kit import embedded
+
+    name = path.removeprefix(EMBEDDED)
+    names = embedded.data_names()
+    if name not in names:
+        hint = nearest(name, names) or f" there are {', '.join(names) or 'none'}"
+        raise UserError(f"data.path = {path!r}: there is no embedded data set {name!r};{hint}")
+    return embedded.data_path(name)

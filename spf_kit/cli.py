@@ -1,0 +1,275 @@
+"""The command line: parse, call, print. Imports no torch, so that `spf-kit --help` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spf_kit import __version__
+from spf_kit.console import command
+
+app = typer.Typer(
+    name="spf-kit",
+    help="Train LoRAs that add one attribute and leave everything else as the base model drew it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+losses_app = typer.Typer(
+    help="List the loss plugins with every parameter, or check one.", invoke_without_command=True
+)
+app.add_typer(losses_app, name="losses")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base", help="Base model: a .safetensors file, a diffusers folder, a hub id or 'embedded'."
+    ),
+]
+Plugins = Annotated[
+    list[Path], typer.Option("--plugin", help="Python file that registers loss plugins (repeatable).")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"spf-kit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@app.command()
+def train(
+    preset: Annotated[str, typer.Argument(help="A preset's file, or the name of a shipped one.")],
+    base: BaseModel = None,
+    data: Annotated[str | None, typer.Option("--data", help="Folder of pictures with captions.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/NAME).")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Losses and stages of another recipe.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same machine: same LoRA.")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="Any key, as a.b=value (repeatable).")] = [],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check; train nothing.")] = False,
+    plugin: Plugins = [],
+    json: Json = False,
+) -> None:
+    """Train a LoRA from a preset, measure it, and draw a contact sheet."""
+    with command(json) as console:
+        from spf_kit import config, workflow
+        from spf_kit.console import interrupt_on_terminate
+
+        interrupt_on_terminate()
+        resolved = config.load(
+            preset,
+            base=base,
+            data=data,
+            recipe=recipe,
+            steps=steps,
+            seed=seed,
+            sets=set_,
+            plugin_files=plugin,
+        )
+        run = output or Path("runs") / resolved.config.attribute.name
+        if dry_run:
+            workflow.dry_run(resolved, run, console)
+        else:
+            workflow.train(resolved, run, resume=resume, console=console)
+
+
+@app.command()
+def sample(
+    lora: Annotated[
+        list[str] | None, typer.Argument(help="LoRA file; none draws with the base alone.")
+    ] = None,
+    base: BaseModel = None,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw (repeatable).")] = [],
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt a line.")] = None,
+    negative: Annotated[str, typer.Option("--negative", help="What not to draw.")] = "",
+    strength: Annotated[str, typer.Option("--strength", help="Strengths of the LoRA, as 0,0.5,1.")] = "1",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first picture.")] = 0,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures of each prompt.")] = 1,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Sampler steps.")] = 25,
+    cfg: Annotated[float, typer.Option("--cfg", min=0, help="Classifier-free guidance scale.")] = 5.0,
+    scheduler: Annotated[
+        str, typer.Option("--scheduler", help="ddim, dpm++2m, euler, euler_a, ...")
+    ] = "ddim",
+    size: Annotated[
+        str | None, typer.Option("--size", help="WIDTHxHEIGHT (default: the base's own).")
+    ] = None,
+    clip_skip: Annotated[int, typer.Option("--clip-skip", min=1, help="Text layer from the end.")] = 1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path(
+        "samples"
+    ),
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Draw pictures over prompts, strengths and seeds; the same seed across strengths."""
+    with command(json) as console:
+        from spf_kit import workflow
+
+        workflow.sample(
+            lora or [],
+            base=base,
+            prompts=prompt,
+            prompts_file=prompts,
+            negative=negative,
+            strengths=strength,
+            seed=seed,
+            count=count,
+            steps=steps,
+            cfg=cfg,
+            scheduler=scheduler,
+            size=size,
+            clip_skip=clip_skip,
+            output=output,
+            overwrite=overwrite,
+            console=console,
+        )
+
+
+@app.command()
+def merge(
+    lora: Annotated[
+        list[str], typer.Argument(metavar="LORA[:WEIGHT]", help="LoRA files with their weights.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File or folder to write.")],
+    into: Annotated[
+        str | None, typer.Option("--into", help="Checkpoint file, diffusers folder or 'embedded'.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Without --into: rank of the result.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Prove that base + LoRA equals the merged.")] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Merge LoRAs into a checkpoint, or without --into several LoRAs into one."""
+    with command(json) as console:
+        from spf_kit import workflow
+
+        workflow.merge(
+            lora,
+            into=into,
+            output=output,
+            dtype=dtype,
+            rank=rank,
+            check=check,
+            overwrite=overwrite,
+            console=console,
+        )
+
+
+@app.command()
+def evaluate(
+    lora: Annotated[list[Path], typer.Argument(help="LoRA files, all of one attribute.")],
+    base: BaseModel = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Trigger phrase (default: the LoRA's own).")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="File of prompts without the target.")
+    ] = None,
+    count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="How many prompts.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the first prompt.")] = None,
+    strength: Annotated[float, typer.Option("--strength", help="Of every LoRA.")] = 1.0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampler steps.")] = None,
+    cfg: Annotated[float | None, typer.Option("--cfg", min=0, help="Guidance scale.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Contact sheet to write.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Measure response, preservation, leakage and drift of LoRAs beside their base."""
+    with command(json) as console:
+        from spf_kit import workflow
+
+        workflow.evaluate(
+            lora,
+            base=base,
+            target=target,
+            prompts_file=prompts,
+            strength=strength,
+            output=output,
+            overwrite=overwrite,
+            console=console,
+            settings={"count": count, "seed": seed, "steps": steps, "cfg": cfg},
+        )
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A LoRA, a checkpoint or a folder of either.")],
+    hash_: Annotated[bool, typer.Option("--hash", help="Also hash the whole file.")] = False,
+    json: Json = False,
+) -> None:
+    """Say what a LoRA or a checkpoint is."""
+    with command(json) as console:
+        from spf_kit import workflow
+
+        workflow.inspect(file, whole_hash=hash_, console=console)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="One preset or recipe, in full.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of presets.")] = False,
+    json: Json = False,
+) -> None:
+    """List the presets, recipes and every key with its default and meaning."""
+    with command(json or schema) as console:
+        from spf_kit import catalogue
+
+        catalogue.presets(name, schema=schema, console=console)
+
+
+@losses_app.callback()
+def losses(ctx: typer.Context, plugin: Plugins = [], json: Json = False) -> None:
+    """List the loss plugins with every parameter, default and source."""
+    if ctx.invoked_subcommand:
+        return
+    with command(json) as console:
+        from spf_kit import catalogue
+
+        catalogue.losses(plugin, console=console)
+
+
+@losses_app.command("check")
+def losses_check(
+    file: Annotated[Path, typer.Argument(help="Python file that registers plugins.")],
+    json: Json = False,
+) -> None:
+    """Run a file's plugins on random steps: finite, differentiable, deterministic, dtype-safe."""
+    with command(json) as console:
+        from spf_kit import catalogue
+
+        catalogue.check_losses(file, console=console)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what this machine can do, and what is off."""
+    with command(json) as console:
+        from spf_kit import catalogue
+
+        catalogue.doctor(console)

@@ -1,0 +1,177 @@
+"""How commands talk: results to standard output, everything else to standard error.
+
+With `--json`, standard output gets one JSON object and nothing else, whatever happens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from spf_kit.errors import Interrupted, UserError
+
+ProgressCallback = Callable[[int, int, str], None]  # done, total, text
+TrainingReport = Callable[[int, int, Mapping[str, Any]], None]  # done, total, values by name
+
+
+class Console:
+    """Standard output and error of one command."""
+
+    def __init__(self, *, json_mode: bool = False) -> None:
+        from rich.console import Console as Rich
+
+        self.json_mode = json_mode
+        self.result: dict[str, Any] | None = None
+        # a pipe has no width: 80 columns would cut the words that a user greps for
+        width = None if sys.stdout.isatty() else 140
+        self.out = Rich(width=width, highlight=False)
+        self.err = Rich(stderr=True, width=None if sys.stderr.isatty() else 140, highlight=False)
+
+    def say(self, text: str) -> None:
+        """One line for the person who waits."""
+        self.err.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.err.print("warning: " + text, style="yellow", markup=False, soft_wrap=True)
+
+    def show(self, renderable: Any) -> None:
+        """A result for people; silent with --json, where `finish` prints the same as data."""
+        if not self.json_mode:
+            self.out.print(renderable, markup=False)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The result as data: printed at the end of the command with --json."""
+        self.result = result
+
+    @contextmanager
+    def bar(self, description: str) -> Iterator[ProgressCallback]:
+        """A progress bar on standard error, as a callback (done, total, text)."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+        )
+        with Progress(*columns, console=self.err, transient=False) as progress:
+            task = progress.add_task(description, total=None, text="")
+
+            def update(done: int, total: int, text: str = "") -> None:
+                progress.update(task, completed=done, total=total, text=text)
+
+            yield update
+
+    @contextmanager
+    def training(self) -> Iterator[TrainingReport]:
+        """Progress of a run: a bar for each phase, while training with loss, speed, time left and memory."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+        )
+        with Progress(*columns, console=self.err) as progress:
+            tasks: dict[str, Any] = {}
+
+            def report(done: int, total: int, values: Mapping[str, Any]) -> None:
+                phase = str(values.get("phase", "training"))
+                if phase not in tasks:
+                    tasks[phase] = progress.add_task(phase, total=total, text="")
+                progress.update(tasks[phase], completed=done, total=total, text=_training_words(values))
+
+            yield report
+
+
+def _training_words(values: Mapping[str, Any]) -> str:
+    """`loss 0.1234  3.2 steps/s  0:01:20 left  1.9 GiB peak`, as far as known."""
+    words = []
+    if (loss := values.get("loss")) is not None:
+        words.append(f"loss {loss:.4f}")
+    if speed := values.get("steps_per_second"):
+        words.append(f"{speed:.2f} steps/s")
+    if (left := values.get("seconds_left")) is not None:
+        words.append(f"{timedelta(seconds=round(left))} left")
+    if peak := values.get("peak_memory"):
+        words.append(f"{peak / 2**30:.1f} GiB peak")
+    return "  ".join(words)
+
+
+@contextmanager
+def command(json_mode: bool) -> Iterator[Console]:
+    """Run a command's body: print its result, or its error with the exit code of the contract.
+
+    0 done; 2 the input is wrong (one sentence); 130 interrupted; 1 a defect of ours, with a traceback.
+    """
+    quiet_libraries()
+    console = Console(json_mode=json_mode)
+    code = 0
+    try:
+        yield console
+    except UserError as error:
+        code = fail(console, "error", str(error), 2)
+    except Interrupted as error:
+        code = fail(console, "interrupted", str(error), 130)
+    except KeyboardInterrupt:
+        code = fail(console, "interrupted", "stopped before anything was written", 130)
+    except BrokenPipeError:
+        # the reader (head, less) has gone: nothing is wrong, and Python must not complain at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MemoryError:
+        code = fail(console, "error", "out of memory: lower [train] batch_size or [data] resolution", 2)
+    except Exception as error:
+        if _out_of_device_memory(error):
+            remedy = "lower [train] batch_size or [data] resolution, or set train.gradient_checkpointing=true"
+            code = fail(console, "error", f"the device is out of memory: {remedy}", 2)
+        else:
+            traceback.print_exc()
+            sentence = f"{type(error).__name__}: {error} (a defect of spf-kit: please report the lines above)"
+            code = fail(console, "defect", sentence, 1)
+    if code == 0 and json_mode:
+        print(json.dumps(console.result if console.result is not None else {}, allow_nan=False))
+    if code:
+        import typer
+
+        raise typer.Exit(code)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and hints off the screen; what the user must know, spf-kit says itself."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def fail(console: Console, kind: str, sentence: str, code: int) -> int:
+    """Print why the command ends; returns the exit code."""
+    if console.json_mode:
+        print(json.dumps({kind: sentence}))
+    console.err.print(f"{kind}: ", style="bold red", end="", markup=False)
+    console.err.print(sentence, markup=False, soft_wrap=True)
+    return code
+
+
+def _out_of_device_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def interrupt_on_terminate() -> None:
+    """Treat SIGTERM (a closed terminal, a job scheduler) as Ctrl-C, so that the state is saved."""
+
+    def raise_interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, raise_interrupt)

@@ -1,0 +1,271 @@
+"""What the commands do, as functions. Each takes the console that it reports to; none parses options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spf_kit.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from spf_kit.config import Resolved
+    from spf_kit.console import Console
+    from spf_kit.families.base import Family
+    from spf_kit.training.trainer import TrainResult
+
+
+def load_base(model: str | None, *, metadata: dict[str, str] | None = None, dtype: str = "float32") -> Family:
+    """The base model that pictures are drawn with: the one named, else the one that a LoRA was trained on.
+
+    Raises UserError if neither names one that can be opened.
+    """
+    from spf_kit import families, schema
+    from spf_kit.training.machine import device
+
+    trained_on = _trained_on(metadata or {})
+    return families.load(schema.Base(model=model or trained_on or "embedded", dtype=dtype), device=device())
+
+
+def _trained_on(metadata: dict[str, str]) -> str | None:
+    """The base model of a LoRA's own effective preset, if it was trained here and the base is still there."""
+    import tomllib
+
+    try:
+        model = tomllib.loads(metadata.get("spf_kit.config", ""))["base"]["model"]
+    except (tomllib.TOMLDecodeError, KeyError, TypeError):
+        return None
+    return model if model == "embedded" or Path(model).exists() else None
+
+
+# --- train ------------------------------------------------------------------------------------------------
+
+
+def train(resolved: Resolved, run: Path, *, resume: bool, console: Console) -> None:
+    """Train, measure what was trained, draw the contact sheet, and tell."""
+    from spf_kit.training import trainer
+
+    for warning in resolved.warnings:
+        console.warn(warning)
+    with console.training() as report:
+        result = trainer.train(resolved, run, resume=resume, report=report)
+    console.say(f"LoRA: {result.lora}")
+    printed: dict[str, Any] = {"lora": str(result.lora), "run": str(result.run), "steps": result.steps}
+    if resolved.config.evaluate.enabled:
+        try:
+            printed["evaluation"] = _measure_run(resolved, result, console)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"the LoRA is saved as {str(result.lora)!r}; measure it with: spf-kit evaluate {result.lora}"
+            ) from None
+    console.finish(printed)
+
+
+def _measure_run(resolved: Resolved, result: TrainResult, console: Console) -> dict[str, Any]:
+    """Evaluate the file that was written, not the weights in memory: what is shared is what is measured."""
+    from spf_kit.adapters import files
+    from spf_kit.files import atomic
+    from spf_kit.measure import evaluate as measuring
+    from spf_kit.measure.rows import summary
+    from spf_kit.measure.table import contact_sheet, render, shipped_figures
+
+    config = resolved.config
+    result.handle.remove()
+    with console.bar("evaluating") as progress:
+        evaluation = measuring.measure(
+            result.family,
+            {str(result.lora): result.lora},
+            config.evaluate,
+            config.attribute,
+            clip=config.clip.model,
+            captions=result.captions,
+            clip_skip=config.base.clip_skip,
+            chunks=config.data.chunks,
+            progress=progress,
+        )
+    with atomic(result.run / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(evaluation.data, indent=1), encoding="utf-8")
+    row = evaluation.data["loras"][str(result.lora)]
+    lora = files.read(result.lora)
+    lora.metadata["spf_kit.measured"] = json.dumps(summary(row))
+    files.write(lora, result.lora, config.output.format, config.output.dtype)
+    sheet = contact_sheet(evaluation, result.run / "contact-sheet.png")
+    shipped = shipped_figures(resolved.preset_path, resolved.family)
+    console.show(render(evaluation.data, shipped))
+    console.say(f"contact sheet: {sheet}")
+    return evaluation.data
+
+
+def dry_run(resolved: Resolved, run: Path, console: Console) -> None:
+    """Resolve, check the pictures, account the memory; write nothing."""
+    from rich.table import Table
+
+    from spf_kit.measure.memory import account
+    from spf_kit.training import trainer
+
+    if run.exists():
+        console.warn(f"the run folder {str(run)!r} exists: training there is refused without --resume")
+    for warning in resolved.warnings:
+        console.warn(warning)
+    checked = trainer.check(resolved)
+    memory = account(resolved.config, checked.family)
+    table = Table("key", "value", "from", box=None, pad_edge=False)
+    for row in resolved.describe():
+        table.add_row(row.key, "" if row.value is None else json.dumps(row.value), row.origin)
+    console.show(table)
+    console.show("")
+    for line in (*checked.summary, *memory.lines()):
+        console.show(line)
+    console.finish(
+        {
+            "config": resolved.config.model_dump(mode="json"),
+            "origins": {key: str(origin) for key, origin in resolved.origins.items()},
+            "data": checked.info,
+            "memory": memory.as_dict(),
+        }
+    )
+
+
+# --- sample -----------------------------------------------------------------------------------------------
+
+
+def sample(
+    loras: Sequence[str],
+    *,
+    base: str | None,
+    prompts: Sequence[str],
+    prompts_file: Path | None,
+    strengths: str,
+    size: str | None,
+    output: Path,
+    overwrite: bool,
+    console: Console,
+    **settings: Any,
+) -> None:
+    """Draw a grid over prompts, strengths and seeds."""
+    from spf_kit import sampling
+    from spf_kit.adapters import files
+    from spf_kit.adapters.weights import parse_weighted
+
+    texts = [*prompts, *(sampling.read_prompts(prompts_file) if prompts_file else [])]
+    width, height = sampling.parse_size(size) if size else (None, None)
+    grid = sampling.GridSettings(
+        texts, sampling.parse_strengths(strengths), width=width, height=height, **settings
+    )
+    grid.check()
+    sampling.refuse_existing(output, overwrite=overwrite)
+    chosen = [sampling.SampleLora(*parse_weighted(text)) for text in loras]
+    metadata = files.read(chosen[0].path).metadata if chosen else {}
+    family = load_base(base, metadata=metadata)
+    with console.bar("drawing") as progress:
+        drawn = sampling.sample_loras(family, chosen, grid, output, overwrite=overwrite, progress=progress)
+    console.show(f"{len(drawn['pictures'])} pictures in {drawn['output']}; all of them: {drawn['grid']}")
+    console.finish(drawn)
+
+
+# --- merge ------------------------------------------------------------------------------------------------
+
+
+def merge(
+    loras: Sequence[str],
+    *,
+    into: str | None,
+    output: Path,
+    dtype: str | None,
+    rank: int | None,
+    check: bool,
+    overwrite: bool,
+    console: Console,
+) -> None:
+    """Merge LoRAs into a checkpoint, or several into one."""
+    from spf_kit.adapters import merge as merging
+
+    with console.bar("merging") as progress:
+        told = merging.run(
+            loras,
+            into=into,
+            output=output,
+            dtype=dtype,
+            rank=rank,
+            check=check,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    console.show(told["sentence"])
+    console.finish(told)
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    loras: Sequence[Path],
+    *,
+    base: str | None,
+    target: str | None,
+    prompts_file: Path | None,
+    strength: float,
+    output: Path | None,
+    overwrite: bool,
+    settings: dict[str, Any],
+    console: Console,
+) -> None:
+    """Measure LoRAs of one attribute beside their base."""
+    from spf_kit import sampling, schema
+    from spf_kit.adapters import files
+    from spf_kit.measure import evaluate as measuring
+    from spf_kit.measure.table import contact_sheet, render
+
+    if output is not None:
+        sampling.refuse_existing(output, overwrite=overwrite)
+    read = {str(path): files.read(path) for path in loras}
+    wanted = target or _common_target({name: lora.metadata for name, lora in read.items()})
+    given = {key: value for key, value in settings.items() if value is not None}
+    if prompts_file:
+        given["prompts"] = sampling.read_prompts(prompts_file)
+    family = load_base(base, metadata=next(iter(read.values())).metadata)
+    with console.bar("evaluating") as progress:
+        evaluation = measuring.measure(
+            family,
+            {name: Path(name) for name in read},
+            schema.Evaluate(**given),
+            schema.Attribute(name="evaluated", target=wanted),
+            strength=strength,
+            progress=progress,
+        )
+    console.show(render(evaluation.data, {}))
+    if output is not None:
+        console.say(f"contact sheet: {contact_sheet(evaluation, output, overwrite=overwrite)}")
+    console.finish(evaluation.data)
+
+
+def _common_target(metadata: dict[str, dict[str, str]]) -> str:
+    """The trigger phrase that the LoRAs share. Raises UserError if they name none or several."""
+    found = {name: data.get("modelspec.trigger_phrase", "") for name, data in metadata.items()}
+    phrases = set(found.values())
+    if len(phrases) == 1 and (phrase := phrases.pop()):
+        return phrase
+    named = "; ".join(f"{name}: {phrase or 'none'}" for name, phrase in found.items())
+    raise UserError(f"the LoRAs do not name one common trigger phrase ({named}); give it with --target")
+
+
+# --- inspect ----------------------------------------------------------------------------------------------
+
+
+def inspect(file: Path, *, whole_hash: bool, console: Console) -> None:
+    """Say what a file or folder is."""
+    from rich.table import Table
+
+    from spf_kit.adapters.inspect import inspect as look
+
+    told = look(file, hash=whole_hash)
+    table = Table("", "", box=None, show_header=False, pad_edge=False)
+    for key, value in told.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{k}: {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        table.add_row(key.replace("_", " "), "" if value is None else str(value))
+    console.show(table)
+    console.finish(told)

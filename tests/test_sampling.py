@@ -15,13 +15,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from spf_kit import contact_sheet, embedded, families, parallel, png_info, sampling, schema
+from spf_kit import embedded, families, parallel, sampling, schema
 from spf_kit.adapters import files
 from spf_kit.adapters.inject import AdapterHandle
 from spf_kit.errors import UserError
-from spf_kit.png_info import LoraUse, PictureInfo
-from spf_kit.sample_settings import file_name
-from spf_kit.sampling import GridSettings, SampleLora, generate, sample_loras
+from spf_kit.sampling import GridSettings, SampleLora, contact_sheet, generate, png_info, sample_loras
+from spf_kit.sampling.png_info import LoraUse, PictureInfo
+from spf_kit.sampling.settings import file_name
 
 PROMPTS = ["a portrait, red hoodie, sad", "a portrait, blue background", "a portrait, red hoodie, sad"]
 

@@ -9,10 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spf_kit.contact_sheet import sheet
 from spf_kit.errors import UserError
 from spf_kit.files import refuse_existing
 from spf_kit.sampling import save_png, to_pil
+from spf_kit.sampling.contact_sheet import sheet
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spf_kit.contact_sheet import sheet
-from spf_kit.png_info import LoraUse, PictureInfo, file_hash, lora_hash, lora_name
-from spf_kit.sample_settings import GridSettings, SampleLora, file_name
-from spf_kit.sampling import Progress, draw, save_png, to_pil
+from spf_kit.errors import UserError
+from spf_kit.files import refuse_existing
+from spf_kit.sampling.contact_sheet import sheet
+from spf_kit.sampling.draw import Progress, draw, save_png, to_pil
+from spf_kit.sampling.png_info import LoraUse, PictureInfo, file_hash, lora_hash, lora_name
+from spf_kit.sampling.settings import GridSettings, SampleLora, file_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from spf_kit.adapters.inject import AdapterHandle
     from spf_kit.families.base import Family
 
 
@@ -97,3 +100,58 @@ def model_identity(family: Family) -> tuple[str, str]:
     if path.is_file():
         return path.stem, file_hash(path)
     return path.name or family.name, family.base_hash()[:10]
+
+
+def sample_loras(
+    family: Family,
+    loras: Sequence[SampleLora],
+    settings: GridSettings,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Draw prompts x strengths x seeds; write a PNG each and a labelled `grid.png` into the folder `output`.
+
+    The same prompt and seed start from the same noise at every strength. Strength 0, or no LoRA, is the base
+    model itself. Every file name says what it holds, so that the same call gives the same names. A picture is
+    written as soon as it is drawn.
+
+    Returns:
+        {"output": folder, "grid": file, "pictures": [{"file", "prompt", "strength", "seed"}, ...]}
+
+    Raises:
+        UserError: settings that cannot be drawn, `output` exists, or a LoRA does not fit the base.
+    """
+    from spf_kit.adapters import files
+    from spf_kit.adapters.inject import AdapterHandle
+
+    settings.check()
+    refuse_existing(output, overwrite)
+    if output.is_file():
+        raise UserError(f"the output {str(output)!r} is a file: give a folder for the pictures")
+    read = [files.read(lora.path) for lora in loras]
+    for file in read:
+        files.check_family(file, family)
+    strengths = list(settings.strengths) if loras else [0.0]
+    grid = Grid.prepare(family, settings, strengths, loras, [file.metadata for file in read], output)
+    handles: list[AdapterHandle] = []
+    try:
+        for number, file in enumerate(read):
+            handles.append(AdapterHandle.attach(family, file, name=f"sample_{number}"))
+        for number, strength in enumerate(strengths):
+            for handle, lora in zip(handles, loras, strict=True):
+                handle.set_strength(lora.weight * strength)
+                (handle.on if strength else handle.off)()  # strength 0 is the base, to the last bit
+            grid.draw(family, strength, _part(progress, number, len(strengths)))
+    finally:
+        for handle in reversed(handles):
+            handle.remove()
+    return {"output": str(output), "grid": str(grid.save()), "pictures": grid.entries}
+
+
+def _part(progress: Progress | None, number: int, parts: int) -> Progress | None:
+    """Progress of part `number` of `parts` equal ones, reported as progress of the whole."""
+    if progress is None:
+        return None
+    return lambda done, total, text: progress(number * total + done, parts * total, text)

@@ -1,4 +1,4 @@
-"""Draw pictures with a family's own diffusers pipeline, and the grid behind `spf-kit sample`.
+"""Draw pictures with a family's own diffusers pipeline.
 
 Shapes: N pictures, H x W pixels, L tokens, D text features.
 """
@@ -15,27 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from spf_kit.errors import UserError
-from spf_kit.files import atomic, refuse_existing
+from spf_kit.files import atomic
 from spf_kit.parallel import in_order, lanes, split
-from spf_kit.png_info import PictureInfo
-from spf_kit.sample_settings import (
-    GridSettings,
-    SampleLora,
-    parse_size,
-    parse_strengths,
-    read_prompts,
-)
+from spf_kit.sampling.png_info import PictureInfo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from spf_kit.adapters.inject import AdapterHandle
     from spf_kit.families.base import Family
-
-__all__ = [
-    "GridSettings", "Progress", "SampleLora", "draw", "encode", "evaluating", "generate", "parse_size",
-    "parse_strengths", "read_prompts", "refuse_existing", "sample_loras", "save_png", "to_pil",
-]  # fmt: skip
 
 Progress = Callable[[int, int, str], None]  # done, total, text
 SLICED_ABOVE = 256 * 256  # pixels: beyond it the VAE decodes one by one, or it would need most of the memory
@@ -226,62 +213,3 @@ def save_png(picture: Image, path: Path, info: PictureInfo | None = None) -> Non
     """Write a PNG, whole or not at all, with its parameters in the text chunk."""
     with atomic(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info.chunk() if info else None)
-
-
-# --- the grid of `spf-kit sample` -------------------------------------------------------------------------
-
-
-def sample_loras(
-    family: Family,
-    loras: Sequence[SampleLora],
-    settings: GridSettings,
-    output: Path,
-    *,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Draw prompts x strengths x seeds; write a PNG each and a labelled `grid.png` into the folder `output`.
-
-    The same prompt and seed start from the same noise at every strength. Strength 0, or no LoRA, is the base
-    model itself. Every file name says what it holds, so that the same call gives the same names. A picture is
-    written as soon as it is drawn.
-
-    Returns:
-        {"output": folder, "grid": file, "pictures": [{"file", "prompt", "strength", "seed"}, ...]}
-
-    Raises:
-        UserError: settings that cannot be drawn, `output` exists, or a LoRA does not fit the base.
-    """
-    from spf_kit.adapters import files
-    from spf_kit.adapters.inject import AdapterHandle
-    from spf_kit.sample_grid import Grid
-
-    settings.check()
-    refuse_existing(output, overwrite)
-    if output.is_file():
-        raise UserError(f"the output {str(output)!r} is a file: give a folder for the pictures")
-    read = [files.read(lora.path) for lora in loras]
-    for file in read:
-        files.check_family(file, family)
-    strengths = list(settings.strengths) if loras else [0.0]
-    grid = Grid.prepare(family, settings, strengths, loras, [file.metadata for file in read], output)
-    handles: list[AdapterHandle] = []
-    try:
-        for number, file in enumerate(read):
-            handles.append(AdapterHandle.attach(family, file, name=f"sample_{number}"))
-        for number, strength in enumerate(strengths):
-            for handle, lora in zip(handles, loras, strict=True):
-                handle.set_strength(lora.weight * strength)
-                (handle.on if strength else handle.off)()  # strength 0 is the base, to the last bit
-            grid.draw(family, strength, _part(progress, number, len(strengths)))
-    finally:
-        for handle in reversed(handles):
-            handle.remove()
-    return {"output": str(output), "grid": str(grid.save()), "pictures": grid.entries}
-
-
-def _part(progress: Progress | None, number: int, parts: int) -> Progress | None:
-    """Progress of part `number` of `parts` equal ones, reported as progress of the whole."""
-    if progress is None:
-        return None
-    return lambda done, total, text: progress(number * total + done, parts * total, text)

@@ -59,7 +59,7 @@ class Denoising(Loss):
         """w(t) of a signal-to-noise ratio, (B,) to (B,); 1 where no weighting is chosen."""
         if self.min_snr_gamma is None and not self.debiased:
             return 1.0
-        # lambda and the factor are multiplied by hand, because SNR = 0 and SNR = inf exist (the ends of a flow)
+        # lambda times factor, simplified by hand: SNR = 0 and SNR = inf exist, at the ends of a flow
         if self.debiased:
             root = snr.sqrt()
             over = {"epsilon": root, "v_prediction": root + 1 / root, "flow": root + 2 + 1 / root}

@@ -26,7 +26,7 @@ class PriorPreservation(Loss):
     @model_validator(mode="after")
     def _no_mask(self) -> PriorPreservation:
         if self.mask is not None:
-            raise ValueError(f"mask = {self.mask!r} is of the batch's pictures, not of the prior's: remove it")
+            raise ValueError(f"mask = {self.mask!r} is of other pictures than the prior's: remove it")
         return self
 
     @property

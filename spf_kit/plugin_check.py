@@ -59,15 +59,14 @@ def check_plugin(cls: type[Plugin], parameters: Mapping[str, Any] | None = None)
         try:
             check(lambda: make(cls, parameters))
             results.append(Result(cls.name, title, True))
-        except _Broken as broken:
-            results.append(Result(cls.name, title, False, str(broken)))
         except Exception as error:  # a third party's code may raise anything
-            results.append(Result(cls.name, title, False, f"{type(error).__name__}: {error}"))
+            detail = str(error) if isinstance(error, _Broken) else f"{type(error).__name__}: {error}"
+            results.append(Result(cls.name, title, False, detail))
     return results
 
 
 def make(cls: type[Plugin], parameters: Mapping[str, Any] | None = None) -> Plugin:
-    """An instance; a loss that offers a mask and names none reads none."""
+    """An instance. Raises ValidationError."""
     return cls.model_validate(dict(parameters or {}))
 
 

@@ -353,6 +353,38 @@ def test_a_file_brings_back_the_very_adapter(
     again.remove()
 
 
+def test_layers_of_one_file_may_differ_in_rank_alpha_and_kind(family: Family) -> None:
+    mixed: files.LoraFile | None = None
+    for number, change in enumerate(({"rank": 2, "alpha": 5.0}, {"rank": 3}, {"rank": 4, "dora": True})):
+        handle = learn(inject(family, settings(**change)), number)
+        lora = handle.to_lora_file()
+        handle.remove()
+        mixed = mixed or lora
+        mixed.layers |= {key: layer for n, (key, layer) in enumerate(lora.layers.items()) if n % 3 == number}
+    assert mixed is not None
+    assert mixed.ranks == {2, 3, 4}
+    handle = attach(family, mixed, name="mixed")
+    again = handle.to_lora_file()
+    for key, layer in mixed.layers.items():
+        assert (again.layers[key].alpha, again.layers[key].rank) == (layer.alpha, layer.rank)
+        for part, tensor in layer.tensors().items():
+            assert torch.equal(again.layers[key].tensors()[part], tensor)
+    for component, names in handle.modules.items():
+        for name in names[:6]:
+            tuner = family.components()[component].get_submodule(name)
+            plain = tuner.get_base_layer()
+            layer = mixed.layers[component, family.file_module_name(component, name)]
+            x = torch.randn(2, plain.weight.shape[1], *([5, 5] if plain.weight.dim() == 4 else []))
+            with torch.no_grad():
+                got, delta = tuner(x) - plain(x), layer.delta(plain.weight)
+                if plain.weight.dim() == 4:
+                    wanted = torch.nn.functional.conv2d(x, delta, None, plain.stride, plain.padding)
+                else:
+                    wanted = torch.nn.functional.linear(x, delta)
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+    handle.remove()
+
+
 def test_going_on_from_a_file(family: Family, tmp_path: Path) -> None:
     handle = learn(inject(family, settings(alpha=2.0, targets=["cross-attention"])))
     result = output(family)

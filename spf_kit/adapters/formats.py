@@ -18,6 +18,7 @@ from torch import Tensor
 from spf_kit.adapters.index import LayerKey
 from spf_kit.adapters.keys import flatten, kohya_prefix
 from spf_kit.adapters.layers import LoraLayer
+from spf_kit.adapters.tensors import all_finite
 from spf_kit.errors import UserError
 
 Layers = Mapping[LayerKey, LoraLayer]
@@ -142,8 +143,8 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     Raises UserError for NaN or infinite values, and for finite ones that the type cannot hold.
     """
     result = tensor.detach().to("cpu", dtype).contiguous()
-    if not torch.isfinite(result.to(torch.float32)).all():
-        if not torch.isfinite(tensor.to(torch.float32)).all():
+    if not all_finite(result):
+        if not all_finite(tensor):
             raise UserError(f"the layer {name!r} holds NaN or infinite values: nothing was written")
         largest, kept = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
         raise UserError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spf_kit.adapters.index import IndexedLayer
-from spf_kit.adapters.tensors import read_tensor
+from spf_kit.adapters.tensors import all_finite, read_tensor
 from spf_kit.errors import UserError
 
 EPSILON = 1e-12  # a weight's row of zeros has no direction: DoRA's quotient must stay finite
@@ -79,6 +79,16 @@ class LoraLayer:
             dora_weight(original, update, self.dora_scale.to(torch.float32), self.dora_axis or 0) - original
         )
 
+    def add_to(self, total: Tensor, factor: float) -> None:
+        """total += factor * alpha / r * up @ down in place, for a float32 `total` and a layer without DoRA.
+
+        One pass over the weight, where `update` and a sum take four.
+        """
+        if self.dora_scale is not None or not fits(self.shape, tuple(total.shape)):
+            raise ValueError(f"an update of shape {self.shape} cannot be added to {tuple(total.shape)}")
+        up = self.up.flatten(1).to(total.dtype) * (self.scale * factor)
+        total.view(total.shape[0], -1).addmm_(up, self.down.flatten(1).to(total.dtype))
+
     def to(self, dtype: torch.dtype) -> LoraLayer:
         return replace(self, **{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
 
@@ -120,7 +130,7 @@ def load_layer(layer: IndexedLayer) -> LoraLayer:
             part: read_tensor(header, name, file) for part, name in layer.names.items() if part != "alpha"
         }
     for part, tensor in found.items():
-        if not torch.isfinite(tensor.to(torch.float32)).all():
+        if not all_finite(tensor):
             raise UserError(
                 f"{str(header.path)!r} is damaged: the tensor {layer.names[part]!r} holds NaN or infinite "
                 "values, as after a failed training: use an earlier save of it"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spf_kit.adapters.index import IndexedLayer
 from spf_kit.adapters.layers import load_layer
-from spf_kit.adapters.tensors import DTYPES, NAMES, is_floating, read_tensor, tensor_bytes
+from spf_kit.adapters.tensors import DTYPES, NAMES, all_finite, is_floating, read_tensor, tensor_bytes
 from spf_kit.errors import UserError
 from spf_kit.files import CHUNK, copy_bytes
 from spf_kit.headers import DTYPE_BITS, Header, TensorInfo, encode_header
@@ -63,14 +63,18 @@ def merged(weight: Tensor, changes: Sequence[Change], path: Path, name: str) -> 
             "that it was made from"
         )
     total = weight.to(torch.float32, copy=True)
-    for layer, factor in changes:
-        total += factor * load_layer(layer).delta(weight)
+    for indexed, factor in changes:
+        layer = load_layer(indexed)
+        if layer.dora_scale is None:
+            layer.add_to(total, factor)
+        else:
+            total += factor * layer.delta(weight)
     return total
 
 
 def _rounded(weight: Tensor, dtype: str, path: Path, name: str) -> Tensor:
     result = weight.to(DTYPES[dtype])
-    if not torch.isfinite(result.to(torch.float32)).all() and torch.isfinite(weight.to(torch.float32)).all():
+    if not all_finite(result) and all_finite(weight):
         largest = weight.abs().max().item()
         raise UserError(
             f"{str(path)!r}: the weight {name!r} would become {largest:.4g}, too large for {dtype}: lower "

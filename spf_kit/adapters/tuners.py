@@ -86,8 +86,8 @@ def attach_layers(
         # peft draws initial weights, which are replaced: the caller's random numbers must not notice
         with _untouched(root), torch.random.fork_rng(devices=[]):
             _inject(root, key, own, dropout)
-        for module in own:
-            found[component, module] = _prepare(root, module, key)
+        for module, spec in own.items():
+            found[component, module] = _prepare(root, module, key, spec)
     return {spec_key: found[spec_key] for spec_key in specs}
 
 
@@ -112,11 +112,14 @@ def _inject(root: nn.Module, key: str, specs: Mapping[str, Spec], dropout: float
         inject_adapter_in_model(config, root, adapter_name=key)
 
 
-def _prepare(root: nn.Module, module: str, key: str) -> Tuned:
+def _prepare(root: nn.Module, module: str, key: str, spec: Spec) -> Tuned:
     """Zero effect, float32 parameters, frozen, on."""
     parent, _, child = module.rpartition(".")
     layer = Tuned(root.get_submodule(parent), child, root.get_submodule(module))
     tuner = layer.tuner
+    if not spec.dora and key in tuner.lora_magnitude_vector:  # peft makes all layers alike, files may not be
+        del tuner.lora_magnitude_vector[key]
+        del tuner.lora_variant[key]
     for parameter in layer.parts(key).values():
         parameter.data = parameter.data.to(torch.float32)
         parameter.requires_grad_(False)

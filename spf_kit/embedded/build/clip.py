@@ -1,0 +1,226 @@
+"""Train the CLIP pair on portraits with every attribute, the six of the presets included; then it is frozen.
+
+    python -m spf_kit.embedded.build.clip --pictures cache/uniform \\
+        --tokenizer work/tokenizer --output work/clip
+
+Loss: the symmetric contrastive loss, where each picture also meets a hard negative for every caption of the
+batch (the caption of a portrait that differs in one attribute, or has one preset attribute more or less).
+A linear head on both towers' embeddings, shared and thrown away afterwards, predicts the attributes: it only
+makes the small towers learn faster. Pictures are blurred, shifted, noised and passed through the VAE, so that
+the scores hold on decoded and on generated pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from spf_kit.embedded.build import attributes as at
+from spf_kit.embedded.build.attributes import Portrait
+from spf_kit.embedded.build.augment import augment
+from spf_kit.embedded.build.common import Average, Log, one_cycle, start, to_tensor
+from spf_kit.embedded.build.render import load
+
+HELD_OUT = 1024
+CLASSES = [(a, v) for a, values in at.ATTRIBUTES.items() for v in values]
+
+
+def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Ids are set from the tokenizer: the default eos_token_id pools every caption at the wrong place."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "projection_dim": 128,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "image_size": 64,
+        "patch_size": 8,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "projection_dim": 128,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def captions(
+    portraits: list[Portrait], rng: random.Random, focus: str | None = None
+) -> tuple[list[str], Tensor]:
+    """B captions, then B hard negatives; and which attributes the first B tell, (B, attributes) bool.
+
+    With `focus`, half of the negatives differ in that preset attribute's presence.
+    """
+    positive, negative, told = [], [], []
+    for portrait in portraits:
+        groups = at.kept_groups(portrait, rng)
+        positive.append(at.caption_of(portrait, groups, rng))
+        other, named = at.edited(portrait, groups, rng)
+        if focus and rng.random() < 0.5:
+            other, named = at.toggled(portrait, groups, focus, rng)
+        negative.append(at.caption_of(other, named, rng))
+        told.append([at.GROUP_OF.get(a, a) in groups or a in at.PRESET for a in at.ATTRIBUTES])
+    return positive + negative, torch.tensor(told)
+
+
+def labels(portraits: list[Portrait]) -> Tensor:
+    """(B, attributes) class indices."""
+    return torch.tensor([[v.index(p[a]) for a, v in at.ATTRIBUTES.items()] for p in portraits])
+
+
+def head_loss(logits: Tensor, label: Tensor, told: Tensor) -> Tensor:
+    """Mean cross-entropy over the told attributes; logits (B, all classes)."""
+    parts = logits.split([len(v) for v in at.ATTRIBUTES.values()], dim=1)
+    loss = torch.stack([F.cross_entropy(x, label[:, i], reduction="none") for i, x in enumerate(parts)], 1)
+    return (loss * told).sum() / told.sum()
+
+
+def embed(clip: CLIPModel, tokens: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Unnormalised (texts, 128) and (B, 128)."""
+    text = clip.text_projection(clip.text_model(**tokens).pooler_output)
+    image = clip.visual_projection(clip.vision_model(pixel_values=x).pooler_output)
+    return text.float(), image.float()
+
+
+def loss_of(
+    clip: CLIPModel, head: nn.Linear, batch: tuple, told: Tensor, label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Contrastive loss and the two heads' loss."""
+    text, image = embed(clip, *batch)
+    t, i = F.normalize(text, dim=1), F.normalize(image, dim=1)
+    logits = clip.logit_scale.exp() * i @ t.T  # (B, 2B)
+    target = torch.arange(len(i))
+    contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(i)].T, target)) / 2
+    seen = head_loss(head(image), label, torch.ones_like(told))
+    read = head_loss(head(text[: len(i)]), label, told)
+    return contrast, seen + read
+
+
+@torch.no_grad()
+def scores(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, x: Tensor, portraits: list[Portrait]
+) -> dict[str, float]:
+    """Zero-shot: is a picture nearer to c_full than to c_base exactly when it shows the target?"""
+    image = torch.cat([clip.get_image_features(pixel_values=p).pooler_output for p in x.split(128)])
+    image = F.normalize(image, dim=1)
+    result = {}
+    for target, (attribute, value) in at.TARGETS.items():
+        chosen = [i for i, p in enumerate(portraits) if p[attribute] in ("none", value)]
+        base = [at.caption({**portraits[i], attribute: "none"}) for i in chosen]
+        full = [f"{caption}, {target}" for caption in base]
+        tokens = tokenizer(base + full, padding=True, return_tensors="pt")
+        text = F.normalize(clip.get_text_features(**tokens).pooler_output, dim=1)
+        b, f = text.chunk(2)
+        says = (image[chosen] * f).sum(1) > (image[chosen] * b).sum(1)
+        shows = torch.tensor([portraits[i][attribute] == value for i in chosen])
+        result[target] = ((says[shows]).float().mean().item() + (~says[~shows]).float().mean().item()) / 2
+    return result
+
+
+def save(clip: CLIPModel, tokenizer: CLIPTokenizer, output: Path) -> None:
+    """`clip/` (both towers and the preprocessor) and `text_encoder/` (the text tower alone)."""
+    half = CLIPModel(clip.config).half()
+    half.load_state_dict(clip.state_dict())
+    half.save_pretrained(output / "clip")
+    CLIPImageProcessor(
+        size={"shortest_edge": 64},
+        crop_size={"height": 64, "width": 64},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    ).save_pretrained(output / "clip")
+    tokenizer.save_pretrained(output / "clip")
+    text = CLIPTextModel(clip.config.text_config)
+    text.load_state_dict(clip.text_model.state_dict())
+    text.half().save_pretrained(output / "text_encoder")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--initial", type=Path, help="go on from this clip/ folder")
+    parser.add_argument(
+        "--freeze-text", action="store_true", help="keep what the text encoder gives the UNet"
+    )
+    parser.add_argument("--vae", type=Path, help="also train on its reconstructions, once it is there")
+    parser.add_argument("--focus", choices=list(at.TARGETS), help="see and contrast this one more often")
+    parser.add_argument("--vae-from", type=float, default=0.6, help="share of the run")
+    parser.add_argument("--minutes", type=float, default=18)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    start(options.seed, options.threads)
+    pictures, portraits = load(options.pictures)
+    tokenizer = CLIPTokenizer.from_pretrained(options.tokenizer)
+    clip, head = new_clip(tokenizer), nn.Linear(128, len(CLASSES))
+    clip.logit_scale.data.fill_(2.3)
+    if options.initial:
+        clip = CLIPModel.from_pretrained(options.initial, dtype=torch.float32)
+    if options.freeze_text:
+        clip.text_model.requires_grad_(False)
+    model = nn.ModuleList([clip, head])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    average, log = Average(clip, 0.995), Log(options.output / "log.jsonl")
+    held = to_tensor(pictures[-HELD_OUT:]), portraits[-HELD_OUT:]
+    rng, vae = random.Random(options.seed), None
+    chance = np.ones(len(pictures) - HELD_OUT)
+    if options.focus:
+        attribute, value = at.TARGETS[options.focus]
+        chance *= [4.0 if p[attribute] == value else 1.0 for p in portraits[:-HELD_OUT]]
+    chance /= chance.sum()
+    began, step, seconds, saved = time.time(), 0, options.minutes * 60, time.time()
+    while (spent := time.time() - began) < seconds:
+        for group in optimizer.param_groups:
+            group["lr"] = one_cycle(int(spent), int(seconds), 30) * options.lr
+        late = spent > options.vae_from * seconds
+        if vae is None and options.vae and late and (options.vae / "config.json").exists():
+            vae = AutoencoderKL.from_pretrained(options.vae).eval()
+        index = np.random.choice(len(chance), size=options.batch, p=chance)
+        chosen = [portraits[i] for i in index]
+        texts, told = captions(chosen, rng, options.focus)
+        tokens = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+        with torch.autocast("cpu", torch.bfloat16):
+            x = augment(to_tensor(pictures[index]), vae)
+            contrast, heads = loss_of(clip, head, (tokens, x), told, labels(chosen))
+        optimizer.zero_grad(set_to_none=True)
+        (contrast + heads).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        clip.logit_scale.data.clamp_(max=4.6)
+        average.update()
+        step += 1
+        if step % 25 == 0:
+            log(step=step, contrast=contrast.item(), heads=heads.item(), scale=clip.logit_scale.item())
+        if time.time() - saved > 150 or step == 20:
+            saved = time.time()
+            average.swap()
+            log(step=step, scores=scores(clip, tokenizer, *held))
+            save(clip, tokenizer, options.output)
+            average.swap()
+    average.swap()
+    log(step=step, scores=scores(clip, tokenizer, *held))
+    save(clip, tokenizer, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Checkpoints of a session: what goes in, and how a run goes on from one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spf_kit.errors import UserError
+from spf_kit.training import checkpoint
+from spf_kit.training.checkpoint import Checkpoint
+from spf_kit.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from spf_kit.training.session import Session
+
+
+def save(s: Session, number: int) -> None:
+    """Write the state after step `number`; each process adds its plugins' state, the main one writes."""
+    states = [{plugin.id: plugin.state_dict() for plugin in s.plugins}]
+    if s.accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        states = gather_object(states)
+    if s.accelerator.is_main_process:
+        saved = Checkpoint(
+            number,
+            s.threads,
+            s.accelerator.num_processes,
+            s.handle.state_dict(),
+            s.updater.state_dict(),
+            states,
+        )
+        checkpoint.save(s.folder.checkpoints, saved, keep=s.config.train.keep_checkpoints)
+    s.accelerator.wait_for_everyone()
+
+
+def newest(folder: RunFolder, processes: int) -> Checkpoint | None:
+    """The newest checkpoint; None where the run was killed before the first.
+
+    Raises UserError if it cannot be read or is of another number of processes.
+    """
+    found = checkpoint.steps(folder.checkpoints)
+    if not found:
+        return None
+    saved = checkpoint.load(checkpoint.path_of(folder.checkpoints, found[-1]))
+    if saved.processes != processes:
+        raise UserError(
+            f"the run in {str(folder.path)!r} was started with {saved.processes} processes, not {processes}: "
+            "resume it with as many"
+        )
+    return saved
+
+
+def restore(s: Session, saved: Checkpoint) -> int:
+    """Put a checkpoint's state in place. Returns its step."""
+    if saved.step > s.total:
+        raise UserError(
+            f"the run is to have {s.total} steps but has done {saved.step} already: raise train.steps"
+        )
+    s.handle.load_state_dict(saved.adapter)
+    s.updater.load_state_dict(saved.updater)
+    states = saved.plugins[s.accelerator.process_index]
+    for plugin in s.plugins:
+        plugin.load_state_dict(states.get(plugin.id, {}))
+    return saved.step

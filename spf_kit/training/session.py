@@ -1,0 +1,237 @@
+"""Everything that a run needs, made in the order that errors should come in: cheap checks first."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from spf_kit import families
+from spf_kit.adapters.inject import AdapterHandle
+from spf_kit.data.dataset import Dataset
+from spf_kit.data.random import key_seed
+from spf_kit.errors import UserError
+from spf_kit.losses import Plugin
+from spf_kit.schema import Config, Train
+from spf_kit.training import machine, optimizers, prior, stages
+from spf_kit.training.logs import Report
+from spf_kit.training.preview import Preview
+from spf_kit.training.run_folder import RunFolder
+from spf_kit.training.step import Draws, Model, Outcome, noised, run_step
+from spf_kit.training.text import TextCache
+from spf_kit.training.update import Updater
+
+if TYPE_CHECKING:
+    from spf_kit.config import Resolved
+    from spf_kit.data.dataset import Batch
+    from spf_kit.families.base import Condition, Family
+
+
+@dataclass
+class Session:
+    """One run in memory."""
+
+    config: Config
+    folder: RunFolder
+    accelerator: Accelerator
+    family: Family
+    handle: AdapterHandle
+    model: Model
+    dataset: Dataset
+    prior: Dataset | None
+    plugins: list[Plugin]
+    updater: Updater
+    preview: Preview
+    total: int  # steps
+    threads: int
+    report: Report
+
+    def phase(self, name: str) -> Callable[[int, int, str], None]:
+        """A progress callback (done, total, text) that reports under this name."""
+        return phase(self.report, name)
+
+    def forward(self, number: int, micro: int) -> Outcome:
+        """One micro-batch of step `number`, from pictures to losses."""
+        progress = (number - 1) / self.total
+        batch = self._batch(self.dataset, self.config.train.seed, number, micro)
+        at_t = self._noised(batch, "noise")
+        prior_batch = None
+        if self.prior and stages.union(stages.active(self.plugins, progress)).prior:
+            pictures = self._batch(self.prior, key_seed(self.config.train.seed, "prior"), number, micro)
+            prior_batch = self._noised(pictures, "prior noise"), pictures
+        return run_step(
+            self.model, at_t, batch.captions, batch.sample_ids, self.plugins,
+            number=number, progress=progress, prior=prior_batch,
+        )  # fmt: skip
+
+    def _batch(self, data: Dataset, seed: int, number: int, micro: int) -> Batch:
+        train, process = self.config.train, self.accelerator
+        return data.batch(
+            seed, number - 1, train.batch_size, rank=process.process_index, world=process.num_processes,
+            micro=micro, accumulation=train.gradient_accumulation,
+        )  # fmt: skip
+
+    def _noised(self, batch: Batch, kind: str) -> Any:
+        train = self.config.train
+        draws = Draws.keyed(batch.mean.shape, train.seed, kind, batch.indices)
+        return noised(self.family.noise, batch, draws, train.noise_offset, self.family.device)
+
+
+def check(resolved: Resolved) -> None:
+    """What can be said about the training without a weight or a picture. Raises UserError."""
+    stages.check(resolved.plugins)
+    optimizers.check(resolved.config.train)
+
+
+def accelerator(train: Train) -> Accelerator:
+    """accelerate's view of devices, processes and precision. Raises UserError for fp16 without a GPU."""
+    AcceleratorState._reset_state()  # or a second run in one process could not have another precision
+    if train.mixed_precision == "fp16" and machine.device() == "cpu":
+        raise UserError("train.mixed_precision = 'fp16' needs a GPU and there is none: use 'bf16' or 'no'")
+    return Accelerator(mixed_precision=train.mixed_precision)
+
+
+def open_session(
+    resolved: Resolved, folder: RunFolder, processes: Accelerator, report: Report, threads: int | None
+) -> Session:
+    """Load the base, check and encode the data, put the adapter on.
+
+    Args:
+        threads: of the run that is resumed; None chooses.
+    """
+    config = resolved.config
+    plugins = [plugin.model_copy(deep=True) for plugin in resolved.plugins]  # they keep state
+    report(0, 0, {"phase": "loading the base"})
+    family = families.load(config.base, device=str(processes.device))
+    threads = config.train.threads or threads or machine.choose_threads(_count(family.unet))
+    torch.set_num_threads(threads)
+
+    dataset = Dataset.prepare(
+        config.data, config.attribute.target, family,
+        clip_skip=config.base.clip_skip, progress=phase(report, "reading pictures"),
+    )  # fmt: skip
+    warnings = [*dataset.report.lines(), *optimizers.advice(config.train)]
+    report(len(dataset), len(dataset), {"phase": "reading pictures", "warnings": warnings})
+    if processes.is_main_process:
+        folder.claim(resolved)
+    prior_data = _prior(config, plugins, family, base_prompts(dataset), folder, processes, report)
+
+    handle = AdapterHandle.inject(family, config.adapter, seed=config.train.seed)
+    encode = _text(config, family, dataset, prior_data, report)
+    if not any(data.needs_image_encoder for data in (dataset, prior_data) if data):
+        family.vae = None
+    _training_mode(config, family)
+
+    total = steps(config, dataset, processes.num_processes)
+    return Session(
+        config, folder, processes, family, handle, Model(family, handle, encode, processes.autocast), dataset,
+        prior_data, plugins, _updater(config, handle, total, processes),
+        Preview(config, family, config.preview.prompts or base_prompts(dataset)), total, threads, report,
+    )  # fmt: skip
+
+
+def phase(report: Report, name: str) -> Callable[[int, int, str], None]:
+    return lambda done, total, text: report(done, total, {"phase": name, "text": text})
+
+
+def steps(config: Config, dataset: Dataset, processes: int) -> int:
+    """Optimizer steps of the run, from `steps` or `epochs`."""
+    train = config.train
+    if train.epochs is None:
+        return train.steps
+    return dataset.steps(train.epochs, train.batch_size, processes, train.gradient_accumulation)
+
+
+def base_prompts(dataset: Dataset) -> list[str]:
+    """The different c_base of the data, in the pictures' order."""
+    return list(dict.fromkeys(entry.caption.base for entry in dataset.entries))
+
+
+def _prior(
+    config: Config,
+    plugins: Sequence[Plugin],
+    family: Family,
+    prompts: Sequence[str],
+    folder: RunFolder,
+    processes: Accelerator,
+    report: Report,
+) -> Dataset | None:
+    """Before the adapter: the frozen base draws. One process does, the others read what it drew."""
+    wanted = stages.union(plugins).prior
+    if wanted is None:
+        return None
+    place = Path(wanted.path) if wanted.path else folder.prior
+    if not wanted.path and processes.is_main_process:
+        prior.draw(wanted, config, family, prompts, place, phase(report, "drawing prior pictures"))
+    processes.wait_for_everyone()
+    return prior.prepare(config, family, place, phase(report, "reading prior pictures"))
+
+
+def _text(
+    config: Config, family: Family, dataset: Dataset, prior_data: Dataset | None, report: Report
+) -> Callable[[Sequence[str]], Condition]:
+    """Embeddings computed once, and the text encoder freed, unless it is trained or texts are countless."""
+    encode = functools.partial(family.encode_text, clip_skip=config.base.clip_skip, chunks=config.data.chunks)
+    texts = dataset.texts()
+    if trains_text(config) or texts is None:
+        return encode
+    texts |= {""} | ((prior_data.texts() or set()) if prior_data else set())
+    tell = phase(report, "encoding captions")
+    cache = TextCache(encode, texts, family.device, lambda done, total: tell(done, total, ""))
+    family.text_encoder = None
+    return cache
+
+
+def trains_text(config: Config) -> bool:
+    return "text-encoder" in config.adapter.targets
+
+
+def _training_mode(config: Config, family: Family) -> None:
+    """Dropout of the adapter and gradient checkpointing act in train mode only."""
+    family.unet.train()
+    if trains_text(config):
+        family.text_encoder.train()
+    if config.train.gradient_checkpointing:
+        # non-reentrant, so that layers get gradients although their inputs, the frozen embeddings, need none
+        family.unet.enable_gradient_checkpointing()
+        if trains_text(config):
+            _text_checkpointing(family.text_encoder, "enable", {"use_reentrant": False})
+
+
+def evaluation_mode(config: Config, family: Family) -> None:
+    """The inverse: the family as it was loaded."""
+    if config.train.gradient_checkpointing:
+        family.unet.disable_gradient_checkpointing()
+        if trains_text(config):
+            _text_checkpointing(family.text_encoder, "disable")
+    for module in family.modules():
+        module.eval()
+
+
+def _text_checkpointing(text_encoder: Any, what: str, *arguments: Any) -> None:
+    """transformers renamed it in 5.20; the old name warns there."""
+    old = f"gradient_checkpointing_{what}"
+    getattr(text_encoder, f"activation_checkpointing_{what}", getattr(text_encoder, old))(*arguments)
+
+
+def _updater(config: Config, handle: AdapterHandle, total: int, processes: Accelerator) -> Updater:
+    train = config.train
+    parameters: Mapping[str, Any] = {name: handle.parameters(name) for name in handle.components}
+    return Updater(
+        optimizers.build(train, parameters),
+        optimizers.Schedule.of(train, total, list(parameters)),
+        processes,
+        max_grad_norm=train.max_grad_norm,
+        ema_decay=train.ema,
+        accumulation=train.gradient_accumulation,
+    )
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

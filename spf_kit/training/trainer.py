@@ -1,0 +1,211 @@
+"""The training loop, inline: steps, metrics, previews, checkpoints, and the ways in which a run can end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spf_kit.adapters import files
+from spf_kit.adapters.metadata import Run, training_metadata
+from spf_kit.data.random import key_seed
+from spf_kit.discovery import files_of
+from spf_kit.errors import Interrupted
+from spf_kit.files import content_hash
+from spf_kit.training import checkpoint, resuming, session
+from spf_kit.training.divergence import Numbers, check_finite
+from spf_kit.training.dry_run import Checked, check
+from spf_kit.training.logs import Metrics, Pace, Report
+from spf_kit.training.machine import Stop, peak_memory, restored
+from spf_kit.training.run_folder import RunFolder
+from spf_kit.training.session import Session
+from spf_kit.training.step import Outcome
+
+if TYPE_CHECKING:
+    from spf_kit.adapters.inject import AdapterHandle
+    from spf_kit.config import Resolved
+    from spf_kit.families.base import Family
+
+
+__all__ = ["Checked", "TrainResult", "check", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind, on disk and in memory."""
+
+    lora: Path
+    run: Path
+    steps: int
+    seconds: float  # of this process, preparation included
+    family: Family  # with the trained adapter on, in evaluation mode
+    handle: AdapterHandle
+    captions: list[str]  # the different c_base of the data
+
+
+def train(
+    resolved: Resolved, run_dir: Path, *, resume: bool = False, report: Report | None = None
+) -> TrainResult:
+    """Train a LoRA as configured, into a run folder.
+
+    Args:
+        run_dir: must not exist, unless `resume` goes on from the newest checkpoint in it.
+        report: called as (done, total, values), see `logs.Report`.
+
+    Raises:
+        UserError: the configuration, the data, the folder or the disk.
+        TrainingDiverged: a loss became NaN or infinite.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved and the message says how to go on.
+    """
+    started = time.time()
+    folder = RunFolder(Path(run_dir))
+    session.check(resolved)
+    with restored(), torch.enable_grad():
+        processes = session.accelerator(resolved.config.train)
+        if processes.is_main_process:
+            folder.check(resolved, resume=resume)
+            checkpoint.clean(folder.checkpoints)
+        processes.wait_for_everyone()
+        saved = resuming.newest(folder, processes.num_processes) if resume else None
+        s = session.open_session(
+            resolved, folder, processes, report or (lambda *_: None), saved.threads if saved else None
+        )
+        start = resuming.restore(s, saved) if saved else 0
+        _loop(s, start, folder.how_to_resume(files_of(s.plugins)))
+        lora = _finish(s, resolved, started)
+    captions = session.base_prompts(s.dataset)
+    return TrainResult(lora, folder.path, s.total, time.time() - started, s.family, s.handle, captions)
+
+
+def _loop(s: Session, start: int, how_to_resume: str) -> None:
+    every, pace, stop = s.config.train.checkpoint_every, Pace(), Stop()
+    with stop.listening(), _at_once(s, how_to_resume), _metrics(s, start) as metrics:
+        for number in range(start + 1, s.total + 1):
+            # dropout of this step does not depend on what was drawn before it
+            torch.manual_seed(key_seed(s.config.train.seed, "torch", number, s.accelerator.process_index))
+            outcomes = []
+            for micro in range(s.config.train.gradient_accumulation):
+                outcomes.append(s.forward(number, micro))
+                s.updater.backward(outcomes[-1].loss)
+            numbers = _read(s, outcomes, s.updater.gradients(), stop.requested)
+            check_finite(s, number, numbers, outcomes)  # before the update: the weights stay good
+            rates = s.updater.apply(number)
+
+            line = _line(number, numbers, rates, pace.tick(), s.updater.skipped)
+            if metrics:
+                metrics.write(line)
+            s.report(number, s.total, {"phase": "training", **line, **_progress(s, pace, number)})
+            if s.preview.due(number) and not numbers.stop:
+                _preview(s, number, metrics, stop)
+            if number == s.total or numbers.stop or (every and number % every == 0):
+                resuming.save(s, number)
+            if numbers.stop:
+                raise Interrupted(f"stopped after step {number} of {s.total}; go on with: {how_to_resume}")
+            pace.restart()
+
+
+def _read(s: Session, outcomes: Sequence[Outcome], norm: Tensor, stop: bool) -> Numbers:
+    """All of a step's numbers in one transfer from the device: it has to wait for the step only once."""
+    names = list(outcomes[0].terms)
+    means = [torch.stack([outcome.terms[name].mean() for outcome in outcomes]).mean() for name in names]
+    loss = torch.stack([outcome.loss.detach() for outcome in outcomes]).mean()
+    vector = torch.stack([*means, loss, norm.detach(), torch.tensor(float(stop), device=loss.device)])
+    if s.accelerator.num_processes > 1:
+        vector = s.accelerator.reduce(vector, "mean")
+    *terms, total, length, stops = vector.tolist()
+    return Numbers(total, dict(zip(names, terms)), length, stops > 0)
+
+
+def _line(
+    number: int, numbers: Numbers, rates: Mapping[str, float], seconds: float, skipped: int
+) -> dict[str, Any]:
+    """A line of metrics.jsonl. `terms` are before their weights, `grad_norm` before clipping."""
+    line = {
+        "step": number,
+        "loss": numbers.loss,
+        "terms": dict(numbers.terms),
+        "learning_rate": rates.get("unet", next(iter(rates.values()))),
+        "grad_norm": numbers.grad_norm,
+        "seconds": seconds,
+    }
+    if "text_encoder" in rates:
+        line["text_encoder_learning_rate"] = rates["text_encoder"]
+    return {**line, "skipped": True} if skipped else line
+
+
+def _progress(s: Session, pace: Pace, number: int) -> dict[str, Any]:
+    return {**pace.values(s.total - number), "peak_memory": peak_memory(s.family.device)}
+
+
+@contextlib.contextmanager
+def _metrics(s: Session, start: int) -> Iterator[Metrics | None]:
+    """Only the main process writes."""
+    if not s.accelerator.is_main_process:
+        yield None
+        return
+    events = s.folder.tensorboard if s.config.train.log_tensorboard else None
+    with contextlib.closing(Metrics(s.folder.metrics, start, events)) as metrics:
+        yield metrics
+
+
+@contextlib.contextmanager
+def _at_once(s: Session, how_to_resume: str) -> Iterator[None]:
+    """A second Ctrl-C does not wait for the step to end."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = checkpoint.steps(s.folder.checkpoints)
+        place = f"the checkpoint of step {saved[-1]}" if saved else "the start"
+        raise Interrupted(f"stopped at once; go on from {place} with: {how_to_resume}") from None
+
+
+class _PreviewStopped(Exception):
+    """Ctrl-C while a preview is drawn: leave the preview, keep the run."""
+
+
+def _preview(s: Session, number: int, metrics: Metrics | None, stop: Stop) -> None:
+    """The main process draws with the averaged weights; the others go on and meet it at the next step."""
+    if not s.accelerator.is_main_process:
+        return
+    tell = s.phase("drawing a preview")
+
+    def progress(done: int, total: int, text: str) -> None:
+        if stop.requested:
+            raise _PreviewStopped
+        tell(done, total, text)
+
+    with s.updater.averaged(), contextlib.suppress(_PreviewStopped):
+        _, pixels = s.preview.draw(s.folder.samples, number, progress)
+        if metrics:
+            metrics.picture("samples", pixels, number)
+
+
+def _finish(s: Session, resolved: Resolved, started: float) -> Path:
+    """Write the LoRA, and leave the family as it was loaded, with the trained adapter on."""
+    s.updater.use_average()
+    session.evaluation_mode(s.config, s.family)
+    output = s.config.output
+    path = s.folder.lora(s.config.attribute.name, output.format)
+    if s.accelerator.is_main_process:
+        train = s.config.train
+        begun = s.folder.config.stat().st_mtime
+        facts = Run(
+            steps=s.total,
+            batches_per_epoch=s.dataset.batches_per_epoch(train.batch_size, s.accelerator.num_processes),
+            started_at=min(begun, started),
+            finished_at=time.time(),
+            session_id=str(int(content_hash({"config": resolved.to_toml(), "begun": repr(begun)})[:8], 16)),
+            prediction_type=s.family.noise.prediction_type,
+            processes=s.accelerator.num_processes,
+            regularisation_pictures=len(s.prior) if s.prior else 0,
+        )
+        lora = s.handle.to_lora_file(training_metadata(resolved, s.dataset.info(), facts))
+        files.write(lora, path, output.format, output.dtype)
+    s.accelerator.wait_for_everyone()
+    return path

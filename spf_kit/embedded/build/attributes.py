@@ -7,7 +7,7 @@ portrait (`COMMON`); the last three (`PRESET`) are what the shipped presets teac
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 Portrait = dict[str, str]  # attribute -> value
 
@@ -90,7 +90,7 @@ PRESET: dict[str, list[str]] = {
 }
 ATTRIBUTES = {**COMMON, **PRESET}
 
-PHRASES: dict[str, dict[str, Sequence[str]]] = {
+PHRASES: Mapping[str, Mapping[str, Sequence[str]]] = {
     "eyewear": EYEWEAR,
     "facial_hair": FACIAL_HAIR,
     "headwear": HEADWEAR,

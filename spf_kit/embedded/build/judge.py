@@ -39,8 +39,9 @@ def mask_of(portraits: list[at.Portrait]) -> Tensor:
 def loss_of(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy with some label smoothing, mean over what the mask asks for."""
     parts = logits.split(SIZES, dim=1)
-    smooth = {"reduction": "none", "label_smoothing": 0.02}
-    losses = [F.cross_entropy(x, label[:, i], **smooth) for i, x in enumerate(parts)]
+    losses = [
+        F.cross_entropy(x, label[:, i], reduction="none", label_smoothing=0.02) for i, x in enumerate(parts)
+    ]
     return (torch.stack(losses, 1) * mask).sum() / mask.sum()
 
 

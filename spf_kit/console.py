@@ -86,6 +86,8 @@ class Console:
             tasks: dict[str, Any] = {}
 
             def report(done: int, total: int, values: Mapping[str, Any]) -> None:
+                for sentence in values.get("warnings", ()):
+                    self.warn(sentence)
                 phase = str(values.get("phase", "training"))
                 if phase not in tasks:
                     tasks[phase] = progress.add_task(phase, total=total, text="")

@@ -229,7 +229,7 @@ def test_layers_in_order_with_origins(write: Write) -> None:
     resolved = config.load("mine.toml", seed=3, sets=["loss.denoising.kind=huber", "train.ema=0.9"])
     train, origins = resolved.config.train, {key: str(origin) for key, origin in resolved.origins.items()}
     assert (train.max_grad_norm, origins["train.max_grad_norm"]) == (1.0, "default")
-    assert train.learning_rate == 1e-3
+    assert train.learning_rate == 2e-3
     assert origins["train.learning_rate"].startswith("presets/bases/embedded.toml:")
     line = int(origins["train.learning_rate"].rsplit(":", 1)[1])
     assert "learning_rate" in (ROOT / "presets/bases/embedded.toml").read_text().splitlines()[line - 1]
@@ -832,7 +832,7 @@ def test_every_parameter_is_described() -> None:
     assert (rate.type, rate.default, rate.bases) == (
         "number, at least 0",
         1e-4,
-        {"embedded": 1e-3, "sd15": 1e-4},
+        {"embedded": 2e-3, "sd15": 1e-4},
     )
     assert found["attribute.target"].required
     assert found["adapter.alpha"].type == "number, more than 0"

@@ -27,7 +27,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextMode
 from spf_kit.embedded.build import attributes as at
 from spf_kit.embedded.build.attributes import Portrait
 from spf_kit.embedded.build.augment import augment
-from spf_kit.embedded.build.common import Average, Log, one_cycle, start, to_tensor
+from spf_kit.embedded.build.common import Average, Budget, Log, start, to_tensor
 from spf_kit.embedded.build.render import load
 
 HELD_OUT = 1024
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--focus", choices=list(at.TARGETS), help="see and contrast this one more often")
     parser.add_argument("--vae-from", type=float, default=0.6, help="share of the run")
     parser.add_argument("--minutes", type=float, default=18)
+    parser.add_argument("--steps", type=int, help="instead of minutes: the same weights each time")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
@@ -188,11 +189,11 @@ def main() -> None:
         attribute, value = at.TARGETS[options.focus]
         chance *= [4.0 if p[attribute] == value else 1.0 for p in portraits[:-HELD_OUT]]
     chance /= chance.sum()
-    began, step, seconds, saved = time.time(), 0, options.minutes * 60, time.time()
-    while (spent := time.time() - began) < seconds:
+    budget, saved = Budget(options.minutes, options.steps), time.time()
+    while budget.share < 1:
         for group in optimizer.param_groups:
-            group["lr"] = one_cycle(int(spent), int(seconds), 30) * options.lr
-        late = spent > options.vae_from * seconds
+            group["lr"] = budget.factor() * options.lr
+        late = budget.share > options.vae_from
         if vae is None and options.vae and late and (options.vae / "config.json").exists():
             vae = AutoencoderKL.from_pretrained(options.vae).eval()
         index = np.random.choice(len(chance), size=options.batch, p=chance)
@@ -208,7 +209,8 @@ def main() -> None:
         optimizer.step()
         clip.logit_scale.data.clamp_(max=4.6)
         average.update()
-        step += 1
+        budget.advance()
+        step = budget.step
         if step % 25 == 0:
             log(step=step, contrast=contrast.item(), heads=heads.item(), scale=clip.logit_scale.item())
         if time.time() - saved > 150 or step == 20:
@@ -218,7 +220,7 @@ def main() -> None:
             save(clip, tokenizer, options.output)
             average.swap()
     average.swap()
-    log(step=step, scores=scores(clip, tokenizer, *held))
+    log(step=budget.step, scores=scores(clip, tokenizer, *held))
     save(clip, tokenizer, options.output)
 
 

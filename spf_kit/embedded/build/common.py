@@ -26,12 +26,31 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def one_cycle(step: int, steps: int, warm_up: int) -> float:
-    """Factor on the learning rate: linear warm-up, then a cosine to 1% of it."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    done = (step - warm_up) / max(1, steps - warm_up)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+class Budget:
+    """How far a training has come: by processor time, which other work on the machine does not shorten, or
+    with `steps` by counting, which alone makes the same weights again."""
+
+    def __init__(
+        self, minutes: float, steps: int | None = None, *, spent: float = 0.0, step: int = 0
+    ) -> None:
+        self.seconds, self.steps, self.spent, self.step = minutes * 60, steps, spent, step
+        self._last = time.process_time()
+
+    def advance(self) -> None:
+        """One step is done."""
+        now = time.process_time()
+        self.spent, self.step, self._last = self.spent + now - self._last, self.step + 1, now
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1, where the training ends."""
+        return self.step / self.steps if self.steps else self.spent / self.seconds
+
+    def factor(self, warm_up: float = 0.02) -> float:
+        """On the learning rate: linear for a share `warm_up`, then a cosine to 1% of it."""
+        if self.share < warm_up:
+            return max(self.share / warm_up, 0.01)
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (self.share - warm_up) / (1 - warm_up))))
 
 
 class Average:

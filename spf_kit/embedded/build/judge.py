@@ -9,7 +9,6 @@ person found none: hard negatives for the last three heads only.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import Tensor
 from spf_kit.embedded.build import attributes as at
 from spf_kit.embedded.build.augment import augment
 from spf_kit.embedded.build.clip import labels
-from spf_kit.embedded.build.common import Average, Log, one_cycle, start, to_tensor
+from spf_kit.embedded.build.common import Average, Budget, Log, start, to_tensor
 from spf_kit.embedded.build.render import load
 from spf_kit.embedded.judge import AttributeJudge, JudgeNetwork
 
@@ -64,6 +63,7 @@ def main() -> None:
     parser.add_argument("--generated", type=Path, help="pictures of generated portraits, .npy")
     parser.add_argument("--initial", type=Path)
     parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--steps", type=int, help="instead of minutes: the same weights each time")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
@@ -81,10 +81,10 @@ def main() -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=0.02)
     average, log = Average(network, 0.995), Log(options.output / "log.jsonl")
     held = slice(len(pictures) - HELD_OUT, None)
-    began, step, seconds = time.time(), 0, options.minutes * 60
-    while (spent := time.time() - began) < seconds:
+    budget = Budget(options.minutes, options.steps)
+    while budget.share < 1:
         for group in optimizer.param_groups:
-            group["lr"] = one_cycle(int(spent), int(seconds), 15) * options.lr
+            group["lr"] = budget.factor() * options.lr
         index = torch.randint(len(pictures) - HELD_OUT, (options.batch,))
         x, y, m = to_tensor(pictures[index.numpy()]), label[index], mask[index]
         x = augment(x, vae)
@@ -100,11 +100,11 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         average.update()
-        step += 1
-        if step % 100 == 0:
-            log(step=step, loss=loss.item())
+        budget.advance()
+        if budget.step % 100 == 0:
+            log(step=budget.step, loss=loss.item())
     average.swap()
-    log(step=step, accuracy=accuracy(network, to_tensor(pictures[held]), label[held], mask[held]))
+    log(step=budget.step, accuracy=accuracy(network, to_tensor(pictures[held]), label[held], mask[held]))
     names = {name: list(values) for name, values in at.ATTRIBUTES.items()}
     AttributeJudge(network, names).save(options.output, WIDTHS)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from spf_kit.embedded.build.common import Average, Log, one_cycle, start, to_tensor
+from spf_kit.embedded.build.common import Average, Budget, Log, start, to_tensor
 
 HELD_OUT = 512  # the last pictures of the first cache are never trained on
 
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--initial", type=Path, help="start from this folder")
     parser.add_argument("--freeze-encoder", action="store_true")
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--steps", type=int, help="instead of minutes: the same weights each time")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
@@ -108,13 +109,13 @@ def main() -> None:
     average = Average(vae, 0.998)
     log = Log(options.output / "log.jsonl")
     log(parameters=sum(p.numel() for p in vae.parameters()))
-    began, step, seconds, saved = time.time(), 0, options.minutes * 60, 0.0
-    while (spent := time.time() - began) < seconds:
-        rate = one_cycle(int(spent), int(seconds), 20) * options.lr  # by the clock: a time budget, not steps
+    budget, saved = Budget(options.minutes, options.steps), 0.0
+    while budget.share < 1:
+        rate = budget.factor() * options.lr
         for group in optimizer.param_groups:
             group["lr"] = rate
         x = to_tensor(pictures[np.random.randint(len(pictures), size=options.batch)])
-        l1 = 0.0 if options.freeze_encoder or spent > 0.5 * seconds else 1.0
+        l1 = 0.0 if options.freeze_encoder or budget.share > 0.5 else 1.0
         with torch.autocast("cpu", torch.bfloat16):
             loss, mse = loss_of(vae, x, l1, options.freeze_encoder)
         optimizer.zero_grad(set_to_none=True)
@@ -122,13 +123,14 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         average.update()
-        step += 1
+        budget.advance()
+        step = budget.step
         if step % 100 == 0:
             log(step=step, loss=loss.item(), train_psnr=(10 * torch.log10(4 / mse)).item(), lr=rate)
         if time.time() - saved > 120:
             saved = time.time()
             log(step=step, psnr=save(vae, average, held_out, options.output, options.freeze_encoder))
-    log(step=step, psnr=save(vae, average, held_out, options.output, options.freeze_encoder))
+    log(step=budget.step, psnr=save(vae, average, held_out, options.output, options.freeze_encoder))
 
 
 if __name__ == "__main__":

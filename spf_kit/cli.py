@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,10 @@ BaseModel = Annotated[
 Plugins = Annotated[
     list[Path], typer.Option("--plugin", help="Python file that registers loss plugins (repeatable).")
 ]
+On = Annotated[
+    list[str],
+    typer.Option("--on", metavar="LORA[:WEIGHT]", help="Earlier LoRA, part of the frozen base (repeatable)."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 
@@ -52,7 +56,27 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:  # typer keeps its click, and click's exceptions, to itself
+        if not hasattr(error, "format_message"):
+            raise
+        raise SystemExit(_misused(error)) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _misused(error: Any) -> int:
+    """A command line that cannot be read: one sentence, or the help if nothing was asked. Exit code 2."""
+    import sys
+
+    from spf_kit.console import Console, fail
+
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return 2
+    place = error.ctx.command_path if error.ctx else "spf-kit"
+    sentence = f"{error.format_message().rstrip('.')}; see {place} --help"
+    return fail(Console(json_mode="--json" in sys.argv), "error", sentence, 2)
 
 
 @app.command()
@@ -68,6 +92,7 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same machine: same LoRA.")] = None,
+    on: On = [],
     set_: Annotated[list[str], typer.Option("--set", help="Any key, as a.b=value (repeatable).")] = [],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check; train nothing.")] = False,
@@ -87,6 +112,7 @@ def train(
             recipe=recipe,
             steps=steps,
             seed=seed,
+            on=on,
             sets=set_,
             plugin_files=plugin,
         )
@@ -194,6 +220,7 @@ def evaluate(
     count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="How many prompts.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the first prompt.")] = None,
     strength: Annotated[float, typer.Option("--strength", help="Of every LoRA.")] = 1.0,
+    on: On = [],
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampler steps.")] = None,
     cfg: Annotated[float | None, typer.Option("--cfg", min=0, help="Guidance scale.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Contact sheet to write.")] = None,
@@ -210,6 +237,7 @@ def evaluate(
             target=target,
             prompts_file=prompts,
             strength=strength,
+            on=on,
             output=output,
             overwrite=overwrite,
             console=console,
@@ -256,11 +284,12 @@ def losses(ctx: typer.Context, plugin: Plugins = [], json: Json = False) -> None
 
 @losses_app.command("check")
 def losses_check(
+    ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="Python file that registers plugins.")],
     json: Json = False,
 ) -> None:
     """Run a file's plugins on random steps: finite, differentiable, deterministic, dtype-safe."""
-    with command(json) as console:
+    with command(json or bool(ctx.parent and ctx.parent.params.get("json"))) as console:
         from spf_kit import catalogue
 
         catalogue.check_losses(file, console=console)

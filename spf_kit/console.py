@@ -88,6 +88,8 @@ class Console:
             def report(done: int, total: int, values: Mapping[str, Any]) -> None:
                 for sentence in values.get("warnings", ()):
                     self.warn(sentence)
+                for sentence in values.get("notes", ()):
+                    self.say(sentence)
                 phase = str(values.get("phase", "training"))
                 if phase not in tasks:
                     tasks[phase] = progress.add_task(phase, total=total, text="")

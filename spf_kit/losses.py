@@ -17,72 +17,27 @@ Shapes: B samples, C latent channels, h x w latent size, L tokens, Q pixels of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from spf_kit.errors import UserError
+from spf_kit.needs import PASSES, Decoder, Needs, PassName, Prior
+from spf_kit.probes import LayerProbe, Spans, at_least_float32, matches, select, token_mask
 
 if TYPE_CHECKING:
     from spf_kit.data.captions import Caption
     from spf_kit.families.noise import NoiseProcess
 
 __all__ = [
-    "Field", "Literal", "Loss", "Mask", "ModelPass", "Needs", "PassName", "Plugin", "Prior", "PriorBatch",
-    "Step", "Tensor", "model_validator", "per_sample", "register", "registered",
+    "PASSES", "Decoder", "Field", "LayerProbe", "Literal", "Loss", "Mask", "ModelPass", "Needs", "PassName",
+    "Plugin", "Prior", "PriorBatch", "Spans", "Step", "Tensor", "Tools", "at_least_float32",
+    "model_validator", "per_sample", "register", "registered", "token_mask",
 ]  # fmt: skip
-
-PassName = Literal["reference", "reference_full", "reference_blank", "response", "plain", "blank"]
-
-PASSES: Mapping[PassName, tuple[bool, str]] = {
-    # name: (adapter on?, caption). Adapter-off passes come first, nothing toggles before the backward.
-    "reference": (False, "base"),
-    "reference_full": (False, "full"),
-    "reference_blank": (False, "blank"),
-    "response": (True, "full"),
-    "plain": (True, "base"),
-    "blank": (True, "blank"),
-}
-
-
-@dataclass(frozen=True)
-class Prior:
-    """An own batch of pictures of the general class, drawn by the frozen base before the training starts.
-
-    `path` names a folder of ready pictures with captions instead; "" draws them from the captions' c_base.
-    """
-
-    count: int = 64
-    path: str = ""
-    steps: int = 25
-    cfg: float = 5.0
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a plugin reads. The trainer runs the union of what the active plugins need, once."""
-
-    passes: frozenset[PassName] = frozenset({"response"})
-    prior: Prior | None = None
-
-    @classmethod
-    def of(cls, *passes: PassName, prior: Prior | None = None) -> Needs:
-        return cls(frozenset(passes), prior)
-
-    def __or__(self, other: Needs) -> Needs:
-        if self.prior and other.prior and self.prior != other.prior:
-            raise UserError(
-                f"two losses need different prior pictures ({self.prior} and {other.prior}): "
-                "give them the same settings"
-            )
-        return Needs(self.passes | other.passes, self.prior or other.prior)
-
-    @classmethod
-    def nothing(cls) -> Needs:
-        return cls(frozenset())
 
 
 @dataclass(frozen=True)
@@ -91,6 +46,16 @@ class ModelPass:
     (epsilon, v or flow). Without gradient when the adapter was off."""
 
     prediction: Tensor
+    attention: Mapping[str, LayerProbe] = field(default_factory=dict)  # of the tapped layers, by name
+
+    def layers(self, patterns: Iterable[str]) -> list[LayerProbe]:
+        """The tapped cross-attention layers that the patterns mean, in the model's order."""
+        return select(self.attention, patterns)
+
+    def rows(self, index: Tensor) -> ModelPass:
+        return ModelPass(
+            self.prediction[index], {name: layer.rows(index) for name, layer in self.attention.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +65,26 @@ class PriorBatch:
     prediction: Tensor
     target: Tensor
     timesteps: Tensor
+
+
+class Clip(Protocol):
+    """A CLIP pair; embeddings are L2-normalised."""
+
+    def image(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to (B, D), differentiable."""
+
+    def text(self, texts: Sequence[str]) -> Tensor:
+        """N texts to (N, D), without gradient."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What the trainer offers beside the passes; each is there only if an active plugin needs it."""
+
+    embed: Callable[[Sequence[str]], Tensor] | None = None
+    decode: Callable[[Tensor, Decoder], Tensor] | None = None
+    clip: Clip | None = None
+    update_norms: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +105,9 @@ class Step:
     prior_batch: PriorBatch | None = None
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # by id, each (B, 1, h, w) in [0, 1]
     mask: Tensor | None = None  # the one that the reading loss asked for with `mask = "id"`
+    token_spans: Sequence[Spans] = ()  # B, or none
+    given_masks: Tensor | None = None  # (B, 1, h, w) in [0, 1], of mask pictures
+    tools: Tools = field(default_factory=Tools)
     reader: str = "this plugin"
 
     @property
@@ -140,26 +128,90 @@ class Step:
     @property
     def prior(self) -> PriorBatch:
         """The own batch of prior pictures. Raises RuntimeError if not declared in `needs`."""
-        return self.prior_batch if self.prior_batch is not None else self._undeclared("prior")
+        return self._declared("prior", self.prior_batch)
+
+    @property
+    def spans(self) -> Sequence[Spans]:
+        """Token positions of each caption's parts. Raises RuntimeError if not declared (`phrases`)."""
+        return self._declared("spans", self.token_spans or None)
+
+    @property
+    def picture_mask(self) -> Tensor:
+        """(B, 1, h, w) from the mask pictures. Raises RuntimeError if not declared (`picture_masks`)."""
+        return self._declared("picture_mask", self.given_masks)
+
+    @property
+    def clip(self) -> Clip:
+        """The CLIP pair. Raises RuntimeError if not declared in `needs`."""
+        return self._declared("clip", self.tools.clip)
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Pooled text-encoder embeddings of N phrases, (N, D), L2-normalised, no gradient (`phrases`)."""
+        return self._declared("embed", self.tools.embed)(texts)
+
+    def decode(self, latents: Tensor, decoder: Decoder) -> Tensor:
+        """Latents to pictures (B, 3, H, W) in [0, 1]: by the VAE, or by the linear map that comes nearest to
+        it at the size of the latents."""
+        return self._declared("decode", self.tools.decode)(latents, decoder)
+
+    def update_norms(self) -> Tensor:
+        """|alpha / rank * up @ down|_F^2 of each adapted layer, (layers,), differentiable (`weights`)."""
+        return self._declared("update_norms", self.tools.update_norms)()
 
     def run(self, name: PassName) -> ModelPass:
         """One of the model's passes, by name. Raises RuntimeError if not declared in `needs`."""
-        return self.passes[name] if name in self.passes else self._undeclared(name)
+        return self._declared(name, self.passes.get(name))
+
+    def _declared(self, name: str, value: Any) -> Any:
+        return self._undeclared(name) if value is None else value
 
     def _undeclared(self, name: str) -> NoReturn:
         raise RuntimeError(f"{self.reader} reads {name!r}, which its needs do not declare")
 
     def seen_by(self, plugin: Plugin) -> Step:
         """This step with only what `plugin` declared, so that an undeclared read fails at once."""
-        needs = plugin.needs
+        needs, tools = plugin.needs, self.tools
         mask_id = getattr(plugin, "mask", None)
         return replace(
             self,
-            passes={name: run for name, run in self.passes.items() if name in needs.passes},
+            passes={
+                name: _seen(name, run, needs)
+                for name, run in self.passes.items()
+                if name in needs.passes or (name == "plain" and needs.plain_share is not None)
+            },
             prior_batch=self.prior_batch if needs.prior else None,
             mask=self.masks[mask_id] if mask_id else None,
+            token_spans=self.token_spans if needs.phrases else (),
+            given_masks=self.given_masks if needs.picture_masks is not None else None,
+            tools=Tools(
+                tools.embed if needs.phrases else None,
+                tools.decode if needs.decode else None,
+                tools.clip if needs.clip else None,
+                tools.update_norms if needs.weights else None,
+            ),
             reader=f"the plugin {plugin.name!r}",
         )
+
+    def rows(self, numbers: list[int]) -> Step:
+        """This step for some of its samples. It has no masks: those are of the samples that made them."""
+        index = torch.tensor(numbers, dtype=torch.int64, device=self.latents.device)
+        tensors = ("latents", "noise", "noisy_latents", "timesteps", "target")
+        return replace(
+            self,
+            **{name: getattr(self, name)[index] for name in tensors},
+            captions=[self.captions[i] for i in numbers],
+            sample_ids=[self.sample_ids[i] for i in numbers],
+            passes={name: run.rows(index) for name, run in self.passes.items()},
+            token_spans=[self.token_spans[i] for i in numbers] if self.token_spans else (),
+            given_masks=None if self.given_masks is None else self.given_masks[index],
+        )
+
+
+def _seen(name: str, run: ModelPass, needs: Needs) -> ModelPass:
+    """A pass with the attention that was declared for it."""
+    patterns = [pattern for of, pattern in needs.attention if of == name]
+    kept = {key: x for key, x in run.attention.items() if matches(x.name, x.factor, patterns)}
+    return ModelPass(run.prediction, kept)
 
 
 class Plugin(BaseModel):
@@ -215,7 +267,7 @@ class Mask(Plugin):
 
 def per_sample(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over all but the first dimension: (B, ...) to (B,). With a mask, (B, 1, h, w), each value counts
-    times its mask; the divisor stays the number of values, as in METHOD's |.|^2."""
+    times its mask; the divisor stays the number of values."""
     return (values if mask is None else values * mask).flatten(1).mean(dim=1)
 
 

@@ -15,14 +15,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from spf_kit.data.captions import derive
 from spf_kit.data.random import generator
 from spf_kit.discovery import load_file
-from spf_kit.families.noise import NoiseProcess
-from spf_kit.losses import PASSES, Loss, Mask, ModelPass, Plugin, PriorBatch, Step
+from spf_kit.losses import PASSES, Loss, Mask, Plugin, PriorBatch, Step
+from spf_kit.random_step import HEIGHT, WIDTH, random_step
 
-CHANNELS, HEIGHT, WIDTH = 4, 12, 8  # not square: height and width are easily swapped
-TEXTS = ("a portrait, red hair, blue background", "", "a woman on a beach", "a man, a hat, a (long) coat")
 KINDS = ("epsilon", "v_prediction", "flow")
 
 
@@ -70,44 +67,7 @@ def make(cls: type[Plugin], parameters: Mapping[str, Any] | None = None) -> Plug
     return cls.model_validate(dict(parameters or {}))
 
 
-# --- random steps -----------------------------------------------------------------------------------------
-
-
-def random_step(
-    plugin: Plugin,
-    *,
-    seed: int = 0,
-    kind: str = "epsilon",
-    batch: int = 4,
-    dtype: torch.dtype = torch.float32,
-) -> Step:
-    """A step as the trainer would make it, of random numbers: only what the plugin declares is there.
-
-    Predictions with the adapter on require a gradient; those with it off do not.
-    """
-    source = generator(seed, "plugin check", kind)
-
-    def randn(count: int = batch, channels: int = CHANNELS) -> Tensor:
-        return torch.randn((count, channels, HEIGHT, WIDTH), generator=source).to(dtype)
-
-    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
-    process = NoiseProcess(kind, None if kind == "flow" else abar)  # type: ignore[arg-type]
-    latents, noise = randn(), randn()
-    timesteps = process.sample_timesteps(torch.rand(batch, generator=source))
-    target = process.target(latents, noise, timesteps)
-    passes: dict[str, ModelPass] = {
-        name: ModelPass((target + 0.3 * randn()).requires_grad_(on)) for name, (on, _) in PASSES.items()
-    }
-    prior_target = randn()
-    prior = PriorBatch((prior_target + 0.3 * randn()).requires_grad_(), prior_target, timesteps)
-    wanted = getattr(plugin, "mask", None)
-    step = Step(
-        latents, noise, process.add_noise(latents, noise, timesteps), timesteps, target, process,
-        [derive(TEXTS[i % len(TEXTS)], "wearing glasses") for i in range(batch)],
-        [f"{i}.png" for i in range(batch)], 7 + seed, 0.5, passes, prior,
-        {wanted: torch.rand((batch, 1, HEIGHT, WIDTH), generator=source).to(dtype)} if wanted else {},
-    )  # fmt: skip
-    return step.seen_by(plugin)
+# --- what a promise is checked with ---------------------------------------------------------------------
 
 
 def only(step: Step, sample: int) -> Step:
@@ -115,23 +75,27 @@ def only(step: Step, sample: int) -> Step:
     at = slice(sample, sample + 1)
     prior = step.prior_batch
     return replace(
-        step, latents=step.latents[at], noise=step.noise[at], noisy_latents=step.noisy_latents[at],
-        timesteps=step.timesteps[at], target=step.target[at], captions=step.captions[at],
-        sample_ids=step.sample_ids[at],
-        passes={name: ModelPass(run.prediction[at]) for name, run in step.passes.items()},
+        step.rows([sample]),
         prior_batch=prior and PriorBatch(prior.prediction[at], prior.target[at], prior.timesteps[at]),
         mask=None if step.mask is None else step.mask[at],
-    )  # fmt: skip
+    )
 
 
 def inputs(step: Step) -> dict[str, Tensor]:
     """Every tensor that a plugin could change by mistake, by name."""
     found = {"latents": step.latents, "noise": step.noise, "noisy_latents": step.noisy_latents}
     found |= {"timesteps": step.timesteps, "target": step.target}
-    found |= {f"passes[{name!r}]": run.prediction for name, run in step.passes.items()}
+    for name, run in step.passes.items():
+        found[f"passes[{name!r}]"] = run.prediction
+        for layer in run.attention.values():
+            found[f"{name}: queries of {layer.name}"] = layer.queries
+            found[f"{name}: keys of {layer.name}"] = layer.keys
     if step.prior_batch:
         found |= {"prior.prediction": step.prior_batch.prediction, "prior.target": step.prior_batch.target}
-    return found | ({} if step.mask is None else {"mask": step.mask})
+    if step.tools.update_norms:
+        found["update_norms()"] = step.tools.update_norms()
+    given = {"mask": step.mask, "picture_mask": step.given_masks}
+    return found | {name: mask for name, mask in given.items() if mask is not None}
 
 
 def call(plugin: Plugin, step: Step) -> Tensor:
@@ -212,7 +176,8 @@ def _difference(make: Make, leaf: Tensor, direction: Tensor, step: Step, size: f
     with torch.no_grad():
         for sign in (1, -1):
             leaf += sign * size * direction
-            values.append(float(call(make(), step).sum()))
+            # new rows: a layer remembers its maps
+            values.append(float(call(make(), step.rows(list(range(len(step.latents))))).sum()))
             leaf -= sign * size * direction
     return (values[0] - values[1]) / (2 * size)
 

@@ -86,6 +86,9 @@ class Adapter(Section):
     dora: bool = Field(False, description="weight-decomposed update (DoRA)")
     rank_stabilized: bool = Field(False, description="scale by alpha / sqrt(rank)")
     start_from: str | None = Field(None, description="a LoRA file to go on from")
+    on: list[str] = Field(
+        [], description="earlier LoRAs, FILE or FILE:0.8, that act, frozen, under the new one"
+    )
 
 
 class Train(Section):
@@ -111,6 +114,13 @@ class Train(Section):
     seed: int = Field(0, ge=0, description="same seed, same machine: same LoRA")
     checkpoint_every: int = Field(0, ge=0, description="steps; 0: only at the end and on Ctrl-C")
     keep_checkpoints: int = Field(2, ge=1, description="older ones are removed")
+    drift_every: int = Field(
+        0, ge=0, description="steps between measurements of drift on fixed noise; 0: none"
+    )
+    drift_budget: float | None = Field(None, gt=0, description="drift that the best step may have at most")
+    select: Literal["last", "budget"] = Field(
+        "last", description="whose weights the LoRA holds: the last step's, or the best one's in drift_budget"
+    )
     log_tensorboard: bool = Field(True, description="write TensorBoard events into the run folder")
     threads: int = Field(0, ge=0, description="CPU threads; 0 chooses by the model's size")
 
@@ -124,6 +134,7 @@ class Preview(Section):
     seed: int = Field(1000, ge=0, description="seed of the first picture")
     steps: int = Field(25, ge=1, description="sampler steps")
     cfg: float = Field(5.0, ge=0, description="classifier-free guidance scale")
+    phrases: bool = Field(False, description="under the masks, also the base's attention to each phrase")
 
 
 class Evaluate(Section):

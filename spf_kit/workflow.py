@@ -52,6 +52,9 @@ def train(resolved: Resolved, run: Path, *, resume: bool, console: Console) -> N
         result = trainer.train(resolved, run, resume=resume, report=report)
     console.say(f"LoRA: {result.lora}")
     printed: dict[str, Any] = {"lora": str(result.lora), "run": str(result.run), "steps": result.steps}
+    if chosen := result.selected:
+        printed["selection"] = chosen.as_dict()
+        (console.say if chosen.within else console.warn)(chosen.sentence())
     if resolved.config.evaluate.enabled:
         try:
             printed["evaluation"] = _measure_run(resolved, result, console)
@@ -72,6 +75,7 @@ def _measure_run(resolved: Resolved, result: TrainResult, console: Console) -> d
 
     config = resolved.config
     result.handle.remove()
+    result.earlier.remove()  # the evaluation puts them on again, from their files
     with console.bar("evaluating") as progress:
         evaluation = measuring.measure(
             result.family,
@@ -82,6 +86,7 @@ def _measure_run(resolved: Resolved, result: TrainResult, console: Console) -> d
             captions=result.captions,
             clip_skip=config.base.clip_skip,
             chunks=config.data.chunks,
+            on=config.adapter.on,
             progress=progress,
         )
     with atomic(result.run / "evaluation.json") as temporary:
@@ -90,7 +95,7 @@ def _measure_run(resolved: Resolved, result: TrainResult, console: Console) -> d
     lora = files.read(result.lora)
     lora.metadata["spf_kit.measured"] = json.dumps(summary(row))
     files.write(lora, result.lora, config.output.format, config.output.dtype)
-    sheet = contact_sheet(evaluation, result.run / "contact-sheet.png")
+    sheet = contact_sheet(evaluation, result.run / "contact-sheet.png", overwrite=True)  # --resume
     shipped = shipped_figures(resolved.preset_path, resolved.family)
     console.show(render(evaluation.data, shipped))
     console.say(f"contact sheet: {sheet}")
@@ -109,7 +114,7 @@ def dry_run(resolved: Resolved, run: Path, console: Console) -> None:
     for warning in resolved.warnings:
         console.warn(warning)
     checked = trainer.check(resolved)
-    memory = account(resolved.config, checked.family)
+    memory = account(resolved.config, checked.family, checked.needs)
     table = Table("key", "value", "from", box=None, pad_edge=False)
     for row in resolved.describe():
         table.add_row(row.key, "" if row.value is None else json.dumps(row.value), row.origin)
@@ -206,6 +211,7 @@ def evaluate(
     target: str | None,
     prompts_file: Path | None,
     strength: float,
+    on: Sequence[str],
     output: Path | None,
     overwrite: bool,
     settings: dict[str, Any],
@@ -214,11 +220,13 @@ def evaluate(
     """Measure LoRAs of one attribute beside their base."""
     from spf_kit import sampling, schema
     from spf_kit.adapters import files
+    from spf_kit.adapters.earlier import check_earlier, unlike_training
     from spf_kit.measure import evaluate as measuring
     from spf_kit.measure.table import contact_sheet, render
 
     if output is not None:
         sampling.refuse_existing(output, overwrite=overwrite)
+    check_earlier(on, loras)
     read = {str(path): files.read(path) for path in loras}
     wanted = target or _common_target({name: lora.metadata for name, lora in read.items()})
     given = {key: value for key, value in settings.items() if value is not None}
@@ -232,8 +240,12 @@ def evaluate(
             schema.Evaluate(**given),
             schema.Attribute(name="evaluated", target=wanted),
             strength=strength,
+            on=on,
             progress=progress,
         )
+    for name, lora in read.items():
+        if sentence := unlike_training(name, lora, on):
+            console.warn(sentence)
     console.show(render(evaluation.data, {}))
     if output is not None:
         console.say(f"contact sheet: {contact_sheet(evaluation, output, overwrite=overwrite)}")

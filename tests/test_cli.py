@@ -81,6 +81,36 @@ def test_errors_are_json_with_json(spf_kit) -> None:
     assert "glasses" in result.json["error"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate", "x.safetensors", "--count", "abc"], "--count"),
+        (["evaluat"], "evaluate"),
+        (["train"], "preset"),
+        (["train", "glasses", "--bogus"], "--bogus"),
+        (["losses", "check", "missing.py"], "missing.py"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    """As the console script calls it; with --json it is an object too."""
+    from spf_kit.cli import main
+
+    for asked in (arguments, [arguments[0], "--json", *arguments[1:]]):
+        monkeypatch.setattr(sys, "argv", ["spf-kit", *asked])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        assert ended.value.code == 2
+        assert len(printed.err.strip().splitlines()) == 1
+        assert words in printed.err
+        if "--json" in asked:
+            assert words in json.loads(printed.out)["error"]
+        else:
+            assert printed.out == ""
+
+
 def test_an_empty_folder_and_a_corrupt_picture(spf_kit, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -115,6 +145,19 @@ def test_a_run_folder_that_exists_is_refused(spf_kit, run: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     refused(spf_kit("train", "glasses", *QUICK, "--output", run), str(run), "--resume")
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_a_finished_run_grows_and_is_measured_again(spf_kit, tmp_path: Path) -> None:
+    quick = ("--set", "preview.every=0", "--set", "evaluate.count=1", "--set", "evaluate.steps=1", "--json")
+    first = spf_kit("train", "glasses", "--steps", "1", *quick)
+    assert first.code == 0, first.err
+    sheet = tmp_path / "runs/glasses/contact-sheet.png"
+    before = sheet.stat().st_mtime_ns
+    second = spf_kit("train", "glasses", "--steps", "2", *quick, "--resume")
+    assert second.code == 0, second.err
+    assert second.json["steps"] == 2
+    assert "evaluation" in second.json
+    assert sheet.stat().st_mtime_ns > before
 
 
 def test_sample_draws_a_grid_with_parameters(spf_kit, run: Path, tmp_path: Path) -> None:

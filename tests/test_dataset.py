@@ -566,5 +566,5 @@ def test_embedded_captions_keep_their_base_tokens_in_place(embedded: Dataset, fa
     with torch.no_grad():
         base, full = family.encode_text([captions[0].base, captions[0].full])["encoder_hidden_states"]
     count = 1 + family.count_tokens(captions[0].base)
-    assert torch.allclose(base[:count], full[:count], atol=1e-5)  # METHOD: a causal encoder
+    assert torch.allclose(base[:count], full[:count], atol=1e-5)  # the encoder is causal
     assert not torch.allclose(base[count], full[count], atol=1e-3)

@@ -9,12 +9,13 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from spf_kit import config, embedded, families, losses, schema
 from spf_kit.adapters.inject import AdapterHandle
@@ -179,9 +180,8 @@ def test_the_batch_can_be_split(family: Family, handle: AdapterHandle, batch: An
     half = Draws.keyed((2, *batch.mean.shape[1:]), 0, "noise", batch.indices[2:])
     for part in ("latents", "noise", "offset", "uniform"):
         assert torch.equal(getattr(draws, part)[2:], getattr(half, part))
-    data = batch.__class__(
-        *(getattr(batch, name)[2:] for name in list(batch.__dataclass_fields__)[:-1]), epoch=0
-    )
+    fields = ("captions", "mean", "std", "sample_ids", "indices", "flipped")
+    data = replace(batch, **{name: getattr(batch, name)[2:] for name in fields})
     second = run(family, handle, data, SHIPPED["denoising"]())
     assert torch.allclose(whole.terms["denoising"][2:], second.terms["denoising"], rtol=1e-4)
 
@@ -606,6 +606,38 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     assert same(tensors(place), tensors(tmp_path / "straight"))
     terms = [row["terms"]["t_state"] / row["terms"]["denoising"] for row in lines(place)]
     assert terms == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
+
+
+def test_what_fails_before_the_first_step_leaves_no_folder(
+    resolve: Callable[..., Resolved], tmp_path: Path
+) -> None:
+    """The corrected command, or the same one again, must find the way free."""
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    large = {f"{key}.lora_down.weight": torch.zeros(4, 768), f"{key}.lora_up.weight": torch.zeros(320, 4)}
+    save_file(large, tmp_path / "large.safetensors")
+    start_from = f"adapter.start_from={json.dumps(str(tmp_path / 'large.safetensors'))}"
+    with pytest.raises(UserError, match="does not fit the base"):
+        trainer.train(resolve(start_from), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+    def interrupt(phase: str, at: int) -> Callable[..., None]:
+        def report(done: int, total: int, values: Any) -> None:
+            if values["phase"] == phase and done >= at:
+                raise KeyboardInterrupt
+
+        return report
+
+    prior = resolve("loss.prior_preservation.count=2", "loss.prior_preservation.steps=1",
+                    "train.steps=1", recipe="prior-preservation")  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(prior, tmp_path / "run", report=interrupt("drawing prior pictures", 1))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(Interrupted, match="stopped before any training; go on with: spf-kit train"):
+        trainer.train(prior, tmp_path / "run", report=interrupt("encoding captions", 1))
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "prior").iterdir()}
+    assert len(drawn) == 4
+    trainer.train(prior, tmp_path / "run", resume=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "prior").iterdir()} == drawn
 
 
 def test_ctrl_c_leaves_a_preview_at_once(resolve: Callable[..., Resolved], tmp_path: Path) -> None:

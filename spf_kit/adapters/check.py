@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spf_kit.adapters import files
-from spf_kit.adapters.inject import AdapterHandle
+from spf_kit.adapters.earlier import attach_weighted
 from spf_kit.adapters.merge_plan import Weighted
 from spf_kit.adapters.weights import Weights
 from spf_kit.errors import UserError
@@ -82,13 +81,7 @@ def _attached(family: Family, loras: Sequence[Weighted]) -> Iterator[None]:
     with ExitStack() as stack:
         for number, (path, given) in enumerate(loras):
             weights = given if isinstance(given, Weights) else Weights(float(given))
-            lora = files.read(path)
-            for component in lora.components:
-                own = {key: layer for key, layer in lora.layers.items() if key[0] == component}
-                handle = AdapterHandle.attach(
-                    family, replace(lora, layers=own), name=f"check_{number}_{component}",
-                    strength=weights.of(component),
-                )  # fmt: skip
+            for handle in attach_weighted(family, files.read(path), weights, f"check_{number}"):
                 stack.callback(handle.remove)
         yield
 

@@ -43,6 +43,10 @@ class IndexedLayer:
     def dtype(self) -> str:
         return self.header.tensors[self.names["down"]].dtype
 
+    @property
+    def parameters(self) -> int:
+        return sum(self.header.tensors[name].count for part, name in self.names.items() if part != "alpha")
+
 
 @dataclass(frozen=True)
 class LoraIndex:

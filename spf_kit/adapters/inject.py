@@ -133,6 +133,12 @@ class AdapterHandle:
         """All parameters, or those on one component ("unet", "text_encoder")."""
         return [parameter for _, parameter in self.named_parameters(component)]
 
+    def factors(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Of each layer: down (r, inputs), up (outputs, r), and alpha / r. Gradients flow through them."""
+        for key, layer in self._layers.items():
+            parts, spec = layer.parts(self._key), self._specs[key]
+            yield parts["down"].flatten(1), parts["up"].flatten(1), spec.alpha / spec.rank
+
     @property
     def components(self) -> list[str]:
         return list(dict.fromkeys(component for component, _ in self._layers))

@@ -75,7 +75,9 @@ def _lora(lora: LoraIndex, whole: bool) -> dict[str, Any]:
         "training": _training(metadata),
         "tags": _tags(metadata),
         "measured": parse_json(metadata, "spf_kit.measured"),
+        "selection": parse_json(metadata, "spf_kit.selection"),
         "merged": parse_json(metadata, "spf_kit.merged"),
+        "trained_on": parse_json(metadata, "spf_kit.on"),
         "trained_by_spf_kit": metadata.get("spf_kit.version"),
         "hashes": _stored_hashes(metadata),
     }
@@ -94,7 +96,7 @@ def _component(layers: Mapping[tuple[str, str], IndexedLayer], component: str) -
         "layers": len(own),
         "targets": dict(groups.most_common()),
         "ranks": {block: _one_or_all(found) for block, found in ranks.items()},
-        "parameters": sum(_parameters(layer) for layer in own.values()),
+        "parameters": sum(layer.parameters for layer in own.values()),
     }
 
 
@@ -104,10 +106,6 @@ def _block(component: str, module: str) -> str:
     if component == "unet":
         return ".".join(parts[:2]) if parts[0].endswith("_blocks") else parts[0]
     return ".".join(parts[2:4]) if "layers" in parts else parts[0]
-
-
-def _parameters(layer: IndexedLayer) -> int:
-    return sum(layer.header.tensors[name].count for part, name in layer.names.items() if part != "alpha")
 
 
 def _training(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from spf_kit.adapters.earlier import faults, same_file
 from spf_kit.config.paths import EMBEDDED
 from spf_kit.config.problems import Origin, Problems, show, unknown
 from spf_kit.embedded import data_names
@@ -51,12 +52,39 @@ def check_sections(
             origins["data.resolution"],
             f"data.resolution = {data.resolution}: must be at least data.bucket_step = {data.bucket_step}",
         )
+    _check_selection(config, origins, wrong, problems)
     targets = config.adapter.targets
     if len(set(targets)) < len(targets):
         twice = next(target for target in targets if targets.count(target) > 1)
         problems.add(
             origins["adapter.targets"], f"adapter.targets = {show(targets)}: {twice!r} stands in it twice"
         )
+    _check_earlier(config, origins, problems)
+
+
+def _check_earlier(config: Config, origins: Origins, problems: Problems) -> None:
+    start = config.adapter.start_from
+    if not start or faults(config.adapter.on, "adapter.on"):
+        return  # what is wrong with the list alone is told elsewhere
+    if twin := same_file(config.adapter.on, start):
+        problems.add(
+            origins["adapter.on"],
+            f"adapter.on: {twin!r}: is adapter.start_from ({origins['adapter.start_from']}) and would act "
+            "twice; to go on with that LoRA take it out of adapter.on",
+        )
+
+
+def _check_selection(config: Config, origins: Origins, wrong: set[str], problems: Problems) -> None:
+    """A budget to select by, and measurements to compare with it."""
+    train = config.train
+    if train.select != "budget":
+        return
+    for key, missing, remedy in (
+        ("train.drift_budget", train.drift_budget is None, "how far predictions may move, such as 0.005"),
+        ("train.drift_every", train.drift_every == 0, "the steps between measurements, such as 20"),
+    ):
+        if missing and key not in wrong:
+            problems.add(origins["train.select"], f'train.select = "budget" needs {key}: {remedy}')
 
 
 def _check_pictures(
@@ -164,6 +192,10 @@ def ineffective(config: Config, origins: Origins) -> list[str]:
         note("train.text_encoder_learning_rate", "without 'text-encoder' among adapter.targets")
     if train.epochs is None and train.warmup >= train.steps:
         note("train.schedule", f"because train.warmup = {train.warmup} lasts the whole run")
+    if train.drift_budget is not None and not train.drift_every:
+        note("train.drift_budget", "while train.drift_every = 0")
+    if train.select == "budget" and train.epochs is None and train.drift_every >= train.steps:
+        note("train.select", f"because train.drift_every = {train.drift_every} leaves only the last step")
     if config.preview.prompts and not config.preview.every:
         note("preview.prompts", "while preview.every = 0")
     if config.evaluate.prompts and not config.evaluate.enabled:

@@ -1,4 +1,4 @@
-"""The command line as the topmost layer: --base, --data, --steps, --seed and --set a.b=value."""
+"""The command line as the topmost layer: --base, --data, --steps, --seed, --on and --set a.b=value."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def command_line(options: dict[str, tuple[str, Any]], sets: Iterable[str], probl
     for name, (option, value) in options.items():
         if value is not None:
             section, key = name.split(".")
-            add_setting(line.layer, (section, key), value, Origin(f"{option} {value}"), folder, problems)
+            texts = value if isinstance(value, list) else [value]
+            origin = Origin(" ".join(f"{option} {text}" for text in texts))
+            add_setting(line.layer, (section, key), value, origin, folder, problems)
     for text in sets:
         _read_set(text, line, folder, problems)
     return line

@@ -7,27 +7,35 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from spf_kit.adapters.earlier import faults
 from spf_kit.config.problems import Origin, Problems, show
 
 EMBEDDED = "embedded"
+ALPHA = "alpha"  # as `path` of a [[loss]]: the pictures' own alpha channel, no folder
 KEYS = {"base.model", "base.vae", "clip.model", "data.path", "adapter.start_from"}
+LISTS = {"adapter.on"}  # of FILE[:WEIGHT]
 _MODEL_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
 def is_path(key: str) -> bool:
-    """Whether a key holds a path: the sections' known ones, and `path` of any `[[loss]]`."""
-    return key in KEYS or (key.startswith("loss.") and key.endswith(".path"))
+    """Whether a key holds paths: the sections' known ones, and `path` of any `[[loss]]`."""
+    return key in KEYS or key in LISTS or (key.startswith("loss.") and key.endswith(".path"))
 
 
 def absolute(key: str, value: Any, folder: Path) -> Any:
     """A path value as an absolute path seen from `folder`; what is no path of ours comes back unchanged.
 
-    'embedded', 'embedded:NAME' and hub ids are no paths. A drive letter is kept on every system, so that a
-    preset written on Windows names the same file in an error message read on Linux.
+    'embedded', 'embedded:NAME', a loss's 'alpha' and hub ids are no paths. A drive letter is kept on every
+    system, so that a preset written on Windows names the same file in an error message read on Linux. A
+    weight behind a path (`FILE:0.8`) stays behind it.
     """
+    if key in LISTS and isinstance(value, list):
+        return [absolute(key, entry, folder) for entry in value]
     if not isinstance(value, str) or not value or not is_path(key):
         return value
     if value == EMBEDDED or value.startswith(EMBEDDED + ":"):
+        return value
+    if key.startswith("loss.") and value == ALPHA:  # a folder of that name is "./alpha"
         return value
     path = os.path.expanduser(value)
     if os.path.isabs(path) or PureWindowsPath(path).drive:
@@ -44,7 +52,8 @@ def _looks_local(path: str) -> bool:
 
 def misread(key: str, value: Any) -> str:
     """Why a path is wrong in which TOML read a backslash as a tab ("C:\\temp"); "" if it is fine."""
-    if is_path(key) and isinstance(value, str) and any(ord(character) < 32 for character in value):
+    texts = value if isinstance(value, list) else [value]
+    if is_path(key) and any(ord(char) < 32 for text in texts if isinstance(text, str) for char in text):
         return (
             "a backslash in double quotes was read as an escape; write the path in single quotes, as "
             "'C:\\pictures', or with forward slashes"
@@ -65,3 +74,6 @@ def check_existence(values: Mapping[str, Any], origins: Mapping[str, Origin], pr
             problems.add(origins[key], f"{key} = {show(value, 200)}: there is no such {kind}")
         elif key in ("data.path", "clip.model") and not os.path.isdir(value):
             problems.add(origins[key], f"{key} = {show(value, 200)}: expected a folder, this is a file")
+    for key in sorted(LISTS & values.keys()):
+        for fault in faults(values[key], key):
+            problems.add(origins[key], fault)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,14 +70,16 @@ def load(
     recipe: str | None = None,
     steps: int | None = None,
     seed: int | None = None,
+    on: Sequence[str] = (),
     sets: Iterable[str] = (),
     plugin_files: Iterable[Path] = (),
     detect: Callable[[str], str] | None = None,
 ) -> Resolved:
     """Resolve a preset: package defaults, the base's settings, what it extends, itself, the command line.
 
-    `preset` is a name or a path, `sets` are the texts of `--set`, `plugin_files` those of `--plugin`, and
-    `detect` tells the family of a base model (default: `spf_kit.families.detect`).
+    `preset` is a name or a path, `on` are the texts of `--on` (none: the preset's own), `sets` are those of
+    `--set`, `plugin_files` those of `--plugin`, and `detect` tells the family of a base model (default:
+    `spf_kit.families.detect`).
 
     Raises UserError that lists everything wrong, each with file, line, key, value and the nearest valid name.
     """
@@ -88,6 +90,7 @@ def load(
         "data.path": ("--data", None if data is None else str(data)),
         "train.steps": ("--steps", steps),
         "train.seed": ("--seed", seed),
+        "adapter.on": ("--on", list(on) or None),
     }
     line = command_line(options, sets, problems)
     layers = [*preset_layers(path, recipe, problems), line.layer]

@@ -80,12 +80,15 @@ def to_pixels(image: Image.Image, bucket: Bucket, offset: tuple[float, float], f
     Cropped and scaled in one step with Lanczos' filter, which Pillow widens when it reduces (antialiasing).
     A picture that has the size already is not touched.
     """
+    pixels = np.asarray(cut(image, bucket, offset, flip), dtype=np.float32) / 127.5 - 1.0
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def cut(image: Image.Image, bucket: Bucket, offset: tuple[float, float], flip: bool) -> Image.Image:
+    """What `to_pixels` shows of a picture, in its own mode: masks take the same way as their pictures."""
     box = crop_box(image.width, image.height, bucket, offset)
     scaled = image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box)
-    pixels = np.asarray(scaled, dtype=np.float32) / 127.5 - 1.0
-    if flip:
-        pixels = pixels[:, ::-1]
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else scaled
 
 
 # --- batches ----------------------------------------------------------------------------------------------

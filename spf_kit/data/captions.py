@@ -3,9 +3,9 @@
     c_full = c_base + ", " + c_tar
 
 holds for every caption, whether the file named the target or not, so that the tokens of c_base stand at the
-same positions in both and a causal text encoder gives them the same embeddings (METHOD: "Words"). For that
-c_base ends in a letter or a digit: CLIP's tokenizer merges neighbouring punctuation, so that the ")" of
-"miku (vocaloid)" would become another token before a comma.
+same positions in both and a causal text encoder gives them the same embeddings. For that c_base ends in a
+letter or a digit: CLIP's tokenizer merges neighbouring punctuation, so that the ")" of "miku (vocaloid)"
+would become another token before a comma.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,10 @@ from spf_kit.data.buckets import (
     nearest_bucket,
     part_of_rank,
 )
-from spf_kit.data.cache import LatentCache, View
+from spf_kit.data.cache import LatentCache, Latents, View
 from spf_kit.data.captions import Caption, derive, fit, shuffled
 from spf_kit.data.check import Report, check, sizes_for, too_small, window
+from spf_kit.data.masks import Masks
 from spf_kit.data.pictures import Picture, Progress, Scan, scan
 from spf_kit.data.random import generator, uniform
 from spf_kit.errors import UserError, nearest
@@ -43,7 +45,7 @@ EMBEDDED = "embedded:"
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples of one size. Masks beside the latents would join here."""
+    """B samples of one size."""
 
     captions: list[Caption]  # shuffled and dropped as the settings say; dropped: base == full == ""
     mean: Tensor  # (B, C, h, w) float32, of the VAE's posterior
@@ -52,6 +54,7 @@ class Batch:
     indices: list[int]  # number of the draw, counted through all epochs: key noise by it
     flipped: list[bool]
     epoch: int
+    masks: Tensor | None = None  # (B, 1, h, w) in [0, 1], of mask pictures where a loss reads them
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -70,7 +73,14 @@ class Dataset:
     """Pictures of one folder. Made by `prepare`."""
 
     def __init__(
-        self, cfg: Data, target: str, entries: list[Entry], report: Report, family: Family, cache: LatentCache
+        self,
+        cfg: Data,
+        target: str,
+        entries: list[Entry],
+        report: Report,
+        family: Family,
+        cache: LatentCache,
+        masks: Masks | None = None,
     ) -> None:
         self.cfg = cfg
         self.target = target
@@ -78,6 +88,7 @@ class Dataset:
         self.report = report
         self._count_tokens = family.count_tokens
         self._cache = cache
+        self._masks = masks
         # of each sample of an epoch: its entry and which repeat of it this is
         self._samples = [
             (i, turn) for i, entry in enumerate(entries) for turn in range(entry.picture.repeats)
@@ -94,15 +105,16 @@ class Dataset:
         *,
         clip_skip: int = 1,
         progress: Progress | None = None,
+        masks: str | None = None,
     ) -> Dataset:
         """Read, check and encode the pictures of `cfg.path`.
 
         `clip_skip` changes neither pictures nor captions; it is taken so that a caller can pass on all that a
-        base model was loaded with.
+        base model was loaded with. `masks` says where batches take their masks from, see `data/masks.py`.
 
         Raises UserError with everything that is wrong, at once.
         """
-        found, report = survey(cfg, target, family, progress)
+        found, report = survey(cfg, target, family, progress, masks)
         report.raise_errors()
         sizes = sizes_for(cfg)
         entries = [
@@ -117,7 +129,8 @@ class Dataset:
         cache = LatentCache(cfg.cache, family)
         flips = (False, True) if cfg.flip else (False,)
         cache.prepare([View(e.picture, e.bucket, flip=flip) for e in entries for flip in flips], progress)
-        return cls(cfg, target, entries, report, family, cache)
+        given = None if masks is None else Masks(masks)
+        return cls(cfg, target, entries, report, family, cache, given)
 
     def __len__(self) -> int:
         """Samples in an epoch, repeats counted."""
@@ -168,7 +181,12 @@ class Dataset:
             indices=[epoch * len(self) + sample for sample in mine],
             flipped=[view.flip for view in views],
             epoch=epoch,
+            masks=self._given_masks(views, latents),
         )
+
+    def still(self, entry: Entry) -> Latents:
+        """The latents of a picture as it stands: the middle of it, not mirrored."""
+        return self._cache.get(View(entry.picture, entry.bucket))
 
     def texts(self) -> set[str] | None:
         """Every c_base, c_full and "" that a batch can hold; None where shuffling makes them countless."""
@@ -211,6 +229,12 @@ class Dataset:
             mixed = shuffled(whole, cfg.keep_tokens, generator(seed, "tags", *key))
             caption = fit(mixed, self._count_tokens, window(cfg))
         return View(entry.picture, entry.bucket, offset, flip), caption
+
+    def _given_masks(self, views: Sequence[View], latents: Sequence[Latents]) -> Tensor | None:
+        """The mask pictures of some views at the size of their latents, (B, 1, h, w)."""
+        if self._masks is None:
+            return None
+        return torch.stack([self._masks.of(view, part.mean.shape[1:]) for view, part in zip(views, latents)])
 
     def _order(self, seed: int, epoch: int, size: int) -> list[list[int]]:
         """The batches of an epoch, remembered while it lasts (which changes no answer)."""
@@ -257,13 +281,23 @@ class Dataset:
         }
 
 
-def survey(cfg: Data, target: str, family: Family, progress: Progress | None = None) -> tuple[Scan, Report]:
-    """Read and check everything, encode nothing: what a dry run does.
+def survey(
+    cfg: Data,
+    target: str,
+    family: Family,
+    progress: Progress | None = None,
+    masks: str | None = None,
+) -> tuple[Scan, Report]:
+    """Read and check everything, `masks` too, encode nothing: what a dry run does.
 
     Raises UserError only where there is no folder to look at.
     """
     found = scan(data_folder(cfg.path), cfg, progress)
-    return found, check(found, cfg, target, family)
+    report = check(found, cfg, target, family)
+    if masks is not None:
+        used = [p for p in found if not p.error and (cfg.upscale or not too_small(p, cfg))]
+        report.errors += Masks(masks).errors(used, progress)
+    return found, report
 
 
 def data_folder(path: str) -> Path | str:

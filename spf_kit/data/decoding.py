@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageChops, ImageCms
 
 WHITE = (255, 255, 255)
 ORIENTATION = 0x0112  # EXIF tag
@@ -39,14 +41,45 @@ def decode(data: bytes) -> Decoded:
 
     Raises Unreadable, whatever Pillow stumbles over: a training run must not meet it at step 4,000.
     """
+    with _opened(data) as image:
+        # cameras put a thumbnail behind the photograph as a second frame (MPO): that is no animation
+        animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+        return Decoded(_upright(_rgb(image), _orientation(image)), animated)
+
+
+def decode_mask(data: bytes) -> Image.Image:
+    """A picture of weights, upright, 8-bit greyscale. What is transparent in it counts as black.
+
+    Its values are numbers and no colours: a colour profile is not applied. Raises Unreadable.
+    """
+    with _opened(data) as image:
+        if _wide(image):
+            grey = _from_wide(image).convert("L")
+        else:
+            grey = (_rgba(image) if image.has_transparency_data else image).convert("RGB").convert("L")
+        alpha = _alpha(image)
+        return _upright(grey if alpha is None else ImageChops.multiply(grey, alpha), _orientation(image))
+
+
+def decode_alpha(data: bytes) -> Image.Image | None:
+    """The alpha channel of a picture, upright, 8-bit, 255 where it is opaque; None if it has none.
+
+    Raises Unreadable.
+    """
+    with _opened(data) as image:
+        alpha = _alpha(image)
+        return None if alpha is None else _upright(alpha, _orientation(image))
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The picture as it is stored, all pixels read. What fails in it is raised as Unreadable."""
     if not data:
         raise Unreadable("is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            # cameras put a thumbnail behind the photograph as a second frame (MPO): that is no animation
-            animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
-            return Decoded(_upright(_rgb(image), _orientation(image)), animated)
+            yield image
     except Image.UnidentifiedImageError as error:
         raise Unreadable("is not a picture in a known format") from error
     except Image.DecompressionBombError as error:
@@ -57,7 +90,7 @@ def decode(data: bytes) -> Decoded:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
+    if _wide(image):
         return _from_wide(image)
     profile = image.info.get("icc_profile")
     if image.mode == "CMYK":
@@ -83,13 +116,32 @@ def _from_wide(image: Image.Image) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
+    rgba = _rgba(image)
+    white = Image.new("RGBA", rgba.size, (*WHITE, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def _rgba(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
         # a 16-bit PNG names its transparent colour in 16 bits; Pillow has kept 8 of each channel
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, (*WHITE, 255))
-    return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGBA")
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """The alpha channel, also that of a palette or of one transparent colour."""
+    if not image.has_transparency_data:
+        return None
+    if not _wide(image):
+        return _rgba(image).getchannel("A")
+    transparent = image.info.get("transparency")
+    return Image.fromarray(np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8))
+
+
+def _wide(image: Image.Image) -> bool:
+    """Whether it has more than 8 bits of grey."""
+    return image.mode.startswith("I") or image.mode == "F"
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image | None:

@@ -115,7 +115,7 @@ def find(folder: str | Path, cfg: Data) -> Scan:
     errors: list[str] = []
     warnings: dict[str, list[str]] = {}
     captions = CaptionFiles(root, cfg.caption_extension)
-    for directory, names in _directories(root, errors):
+    for directory, names in directories(root, errors):
         repeats = _repeats(directory.relative_to(root), cfg.repeats, warnings)
         captions.enter(directory, names)
         for name in names:
@@ -181,7 +181,7 @@ def examine_all(pictures: Sequence[Picture], progress: Progress | None = None) -
     return done
 
 
-def _directories(root: Path, errors: list[str]) -> Iterator[tuple[Path, list[str]]]:
+def directories(root: Path, errors: list[str]) -> Iterator[tuple[Path, list[str]]]:
     """Each folder under `root` with its visible files, following links but no loops of them."""
 
     def unreadable(error: OSError) -> None:

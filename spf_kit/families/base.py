@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spf_kit.families import taps
 from spf_kit.families.noise import NoiseProcess
+from spf_kit.probes import LayerProbe, Spans
 
 Condition = dict[str, Tensor]
 """What steers a prediction, batch first: `encoder_hidden_states` (B, n L, D); other families add more."""
@@ -62,6 +64,15 @@ class Family(ABC):
     def cut_words(self, text: str, chunks: int = 1) -> list[str]:
         """The words that `encode_text` would cut off, from the first that does not fit whole."""
 
+    @abstractmethod
+    def spans(self, phrases: Sequence[str], target: str, chunks: int = 1) -> Spans:
+        """Token positions of the caption ", ".join([*phrases, target]) and of its parts, as `encode_text`
+        places them; the positions of c_base are the same in the caption without the target."""
+
+    @abstractmethod
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Pooled text-encoder embeddings of N texts, (N, D) float32, L2-normalised, without gradient."""
+
     # --- pictures ---
 
     @abstractmethod
@@ -79,6 +90,19 @@ class Family(ABC):
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """z_t (B, C, h, w), t (B,) and a condition to the model's own kind of prediction (B, C, h, w), in the
         dtype of z_t."""
+
+    def attention_layers(self) -> dict[str, int]:
+        """The cross-attention layers that `probe` taps: name to how many latents make one pixel's side."""
+        return taps.attention_layers(self.unet)
+
+    def probe(
+        self, noisy_latents: Tensor, timesteps: Tensor, condition: Condition, layers: Sequence[str]
+    ) -> tuple[Tensor, dict[str, LayerProbe]]:
+        """`predict`, bit for bit, and what these cross-attention layers did in it."""
+        with taps.recording(self.unet, layers) as seen:
+            prediction = self.predict(noisy_latents, timesteps, condition)
+        factors = {name: factor for name, factor in self.attention_layers().items() if name in layers}
+        return prediction, taps.probes(self.unet, seen, factors, noisy_latents.shape[2:])
 
     @abstractmethod
     def pipeline(self, scheduler: str = "ddim") -> Any:

@@ -19,6 +19,7 @@ from spf_kit.families.base import Condition, Family
 from spf_kit.families.noise import NoiseProcess
 from spf_kit.families.schedulers import make_scheduler
 from spf_kit.families.sources import COMPONENTS, Source, fingerprint
+from spf_kit.probes import Spans
 
 # Module names by target group. On SD1.5 the first three are the 192 layers of kohya's default network, all
 # four those of its LoCon but time_emb_proj, which steers by the timestep and not by picture or text.
@@ -99,6 +100,17 @@ class SD15Family(Family):
 
     def cut_words(self, text_: str, chunks: int = 1) -> list[str]:
         return text.cut_words(self.tokenizer, text_, chunks * (self._window - 2))
+
+    def spans(self, phrases: Sequence[str], target: str, chunks: int = 1) -> Spans:
+        return text.spans(self.tokenizer, phrases, target, chunks=chunks, length=self._window)
+
+    @torch.no_grad()
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        if self.text_encoder is None:
+            raise RuntimeError("the text encoder was freed; call reload_encoders() first")
+        ids = text.windows(self.tokenizer, list(texts), chunks=1, length=self._window).flatten(0, 1)
+        pooled = self.text_encoder(ids.to(self.text_encoder.device)).pooler_output.float()
+        return pooled / pooled.norm(dim=-1, keepdim=True)
 
     # --- pictures ---
 

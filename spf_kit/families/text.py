@@ -5,12 +5,14 @@ Shapes: B captions, n chunks, L = 77 tokens of a window, D features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spf_kit.errors import UserError
+from spf_kit.probes import Spans
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
@@ -33,6 +35,34 @@ def windows(tokenizer: Any, captions: list[str], *, chunks: int, length: int) ->
             part = ids[chunk * room : (chunk + 1) * room]
             rows.append([begin, *part, end] + [pad] * (room - len(part)))
     return torch.tensor(rows, dtype=torch.int64).reshape(len(captions), chunks, length)
+
+
+def spans(tokenizer: Any, phrases: Sequence[str], target: str, *, chunks: int, length: int) -> Spans:
+    """Where `windows` puts the tokens of ", ".join([*phrases, target]).
+
+    By the tokenizer's own offsets into the text, so that words of several tokens, repeated phrases and
+    merged punctuation need no search. A token belongs to the part in which it begins; a comma between two
+    parts to none, but to c_base where both are of c_base.
+    """
+    caption = ", ".join([*phrases, target])
+    found = tokenizer(
+        caption, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True
+    )
+    room, starts = length - 2, [start for start, _ in found.offset_mapping]
+    places = [  # windows of begin + room + end
+        (number // room * length + 1 + number % room, start)
+        for number, start in enumerate(starts)
+        if number < chunks * room
+    ]
+
+    def within(first: int, end: int) -> tuple[int, ...]:
+        return tuple(place for place, start in places if first <= start < end)
+
+    parts, at = [], 0
+    for phrase in phrases:
+        parts.append(within(at, at + len(phrase)))
+        at += len(phrase) + len(", ")
+    return Spans(within(0, at - len(", ")), tuple(parts), within(at, len(caption)))
 
 
 def hidden_states(text_encoder: Any, ids: Tensor, *, clip_skip: int) -> Tensor:

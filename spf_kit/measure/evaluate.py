@@ -1,4 +1,4 @@
-"""Response, preservation, leakage and drift of LoRAs beside their base: DESIGN.md's evaluation JSON.
+"""Response, preservation, leakage and drift of LoRAs beside their base, as JSON-able data.
 
     {"base": row, "loras": {name: row, ...}, "settings": {...}}
 
@@ -11,22 +11,29 @@ pictures are drawn once. A row has, in [0, 1]:
 
 and `drift_plain`, `drift_target` (drift.py), `prompts`, `seeds`, `per_prompt`, the settings and the judge.
 The base's own row is the ceiling: adding the words changes its pictures too. `pollution` is the base's
-preservation minus the LoRA's.
+preservation minus the LoRA's. Where `clip_used_by_a_loss`, a loss of this LoRA or of one under it used the
+very CLIP pair: `response_clip` and `clip_margin` are then no independent measure, and the pair judges nothing
+in the whole evaluation. "Base" is what the LoRAs are compared with: the model, and under it the earlier
+LoRAs that the row's `on` lists as {"path", "weight"}.
 
 Shapes: N prompts, H x W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spf_kit.adapters.earlier import attached
+from spf_kit.adapters.index import index
+from spf_kit.adapters.weights import parse
 from spf_kit.data.captions import Caption, derive, fit
 from spf_kit.errors import UserError
-from spf_kit.measure.judges import ByAttributes, ByPixels, ClipPair, Judge, Pictures
+from spf_kit.measure.clip import CLIP_KEY, ClipPair, folder_of
+from spf_kit.measure.judges import ByAttributes, ByPixels, Judge, Pictures
 from spf_kit.measure.rows import Progress, Row, Setup, row_of
 
 if TYPE_CHECKING:
@@ -76,6 +83,8 @@ def measure(
     clip_skip: int = 1,
     chunks: int = 1,
     scheduler: str = SAMPLER,
+    on: Sequence[str] = (),
+    drawn: Pictures | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure LoRAs beside their base, all on the same prompts and seeds.
@@ -84,28 +93,37 @@ def measure(
         handles: name -> an adapter on the family, or a LoRA file that is attached for the while.
         config: prompts, count, seeds, sampler steps, guidance, batch size.
         attribute: its `target` is what is asked for.
-        clip: folder of a CLIP pair that no loss used; the embedded base brings its own.
+        clip: folder of a CLIP pair; the embedded base brings its own. LoRA files tell whether a loss used
+            it, handles do not.
         captions: of the training data; give the prompts where neither `config` nor the base has any.
         strength: of every LoRA.
         curve: strengths at which drift is measured too.
         clip_skip, chunks, scheduler: as `generate` takes them.
+        on: earlier LoRAs, `FILE[:WEIGHT]`, that act in everything: the base's row is base + these.
+        drawn: the base's pictures, where the same prompts and settings drew them before.
         progress: called as (pictures done, pictures, what).
 
     Returns:
         numbers and pictures. Adapters given as handles are on, at `strength`, when it returns.
 
     Raises:
-        UserError: no prompts, or a LoRA file that cannot be read or does not fit the base.
+        UserError: no prompts, or a LoRA file (of `on` too) that cannot be read or does not fit the base.
     """
-    setup = _prepare(family, config, attribute, clip, captions, clip_skip, chunks, scheduler)
+    used = _clip_used(handles, on)
+    setup = _prepare(
+        family, config, attribute, clip, captions, clip_skip, chunks, scheduler, set().union(*used.values())
+    )
     share = _shares(progress, 1 + len(handles))
     rows: dict[str, Row] = {}
     pictures: dict[str, Pictures] = {}
-    with _off([handle for handle in handles.values() if not isinstance(handle, str | Path)]):
-        base = setup.draw(share(0, "base"))
+    live = [handle for handle in handles.values() if not isinstance(handle, str | Path)]
+    _check_files(family, handles)
+    with attached(family, on) as earlier, _off(live):
+        base = drawn or setup.draw(share(0, "base"))
         probes = setup.probes(base)
         base_row = row_of(setup, base, base, drift=([0.0] * len(setup.seeds),) * 2)
-        base_row |= {"base": family.base_id, "base_hash": family.base_hash()}
+        base_row |= {"base": family.base_id, "base_hash": family.base_hash(), "on": earlier.rows}
+        base_row["clip_used_by_a_loss"] = _among(setup.clip, used[None])
         for number, (name, handle) in enumerate(handles.items(), start=1):
             with _attached(family, handle, strength) as adapter:
                 pictures[name] = setup.draw(share(number, name))
@@ -118,6 +136,7 @@ def measure(
                         dict(zip(keys, at, strict=True)) for at in zip(curve, *curves, strict=True)
                     ]
             row |= {"strength": strength, "pollution": base_row["preservation"] - row["preservation"]}
+            row["clip_used_by_a_loss"] = _among(setup.clip, used[name])
             rows[name] = row
     settings = setup.described() | {"width": base.plain.shape[-1], "height": base.plain.shape[-2]}
     return Evaluation({"base": base_row, "loras": rows, "settings": settings}, setup.captions, pictures, base)
@@ -157,24 +176,42 @@ def _prepare(
     clip_skip: int,
     chunks: int,
     scheduler: str,
+    used: Collection[str],
 ) -> Setup:
-    """Captions, seeds and judges. Fewer prompts than `count` are used again with other seeds."""
+    """Captions, seeds and judges. Fewer prompts than `count` are used again with other seeds.
+
+    Args:
+        used: fingerprints of the CLIP pairs that may not judge.
+    """
     if family.text_encoder is None or family.vae is None:
         family.reload_encoders()
     texts = prompts_of(family, config, captions)
     unique = [fit(derive(text, attribute.target), family.count_tokens, WINDOW * chunks) for text in texts]
     cases = [unique[n % len(unique)] for n in range(config.count)]
     seeds = [config.seed + n for n in range(config.count)]
-    judge: Judge
-    if family.name == "embedded":
-        from spf_kit import embedded
-
-        pair: ClipPair | None = ClipPair.load(clip or embedded.base_path() / "clip")
-        judge = ByAttributes(attribute.target, pair)
-    else:
-        pair = ClipPair.load(clip, device=family.device) if clip else None
-        judge = ByPixels(pair)
+    folder = folder_of(family, clip)
+    pair = ClipPair.load(folder, device=family.device) if folder else None
+    independent = None if _among(pair, used) else pair
+    embedded = family.name == "embedded"
+    judge: Judge = ByAttributes(attribute.target, independent) if embedded else ByPixels(independent)
     return Setup(family, cases, seeds, config, judge, pair, clip_skip, chunks, scheduler)
+
+
+def _clip_used(
+    handles: Mapping[str, AdapterHandle | Path | str], on: Sequence[str]
+) -> dict[str | None, set[str]]:
+    """Fingerprints of the CLIP pairs that losses used: None -> of the LoRAs `on`, name -> of its own too."""
+
+    def of(path: Path | str) -> set[str]:
+        return {index(Path(path)).metadata.get(CLIP_KEY, "")} - {""}
+
+    under = set().union(*(of(path) for path, _ in map(parse, on)))
+    mine = {name: of(x) if isinstance(x, str | Path) else set() for name, x in handles.items()}
+    return {None: under} | {name: under | own for name, own in mine.items()}
+
+
+def _among(pair: ClipPair | None, used: Collection[str]) -> bool:
+    return pair is not None and bool(used) and pair.fingerprint in used
 
 
 @contextmanager
@@ -187,6 +224,18 @@ def _off(adapters: Sequence[AdapterHandle]) -> Iterator[None]:
     finally:
         for adapter in adapters:
             adapter.on()
+
+
+def _check_files(family: Family, handles: Mapping[str, AdapterHandle | Path | str]) -> None:
+    """Raises UserError before the first picture is drawn, rather than between them."""
+    from spf_kit.adapters import files
+    from spf_kit.adapters.fit import fit
+
+    for handle in handles.values():
+        if isinstance(handle, str | Path):
+            lora = files.read(handle)
+            files.check_family(lora, family)
+            fit(lora, family)
 
 
 @contextmanager

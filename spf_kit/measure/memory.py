@@ -10,13 +10,20 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from spf_kit.adapters.index import index
+from spf_kit.adapters.weights import parse
+from spf_kit.headers import read_header
+from spf_kit.measure.clip import folder_of
+
 if TYPE_CHECKING:
     from spf_kit.families.base import Family
+    from spf_kit.losses import Needs
     from spf_kit.schema import Adapter, Config
 
 Shape = tuple[int, ...]
@@ -104,24 +111,33 @@ class Account:
         return {"bytes": parts, "total_bytes": self.total, "complete": self.complete, "activations": "on top"}
 
 
-def account(config: Config, family: Family) -> Account:
+def account(config: Config, family: Family, needs: Needs | None = None) -> Account:
     """What training `config` on `family` holds. Reads shapes and types only, so meta tensors do.
 
     The VAE and the text encoder do not count where their results are kept instead: latents in memory or on
-    disk, and text encodings unless the text encoder is trained or tags are shuffled.
+    disk, and text encodings unless the text encoder is trained or tags are shuffled. `needs`, of all losses,
+    says who keeps the VAE to decode with and who brings a CLIP pair.
     """
     train, data = config.train, config.data
     shapes = adapter_shapes(family, config.adapter)
     parameters = [shape for group in shapes.values() for shape in group]
     count = sum(map(math.prod, parameters))
     items = [Item("UNet", module_bytes(family.unet), f"frozen, {config.base.dtype}")]
+    earlier = [layer for path, _ in map(parse, config.adapter.on) for layer in index(path).layers.items()]
     texts_change = "text-encoder" in config.adapter.targets or data.shuffle_tags
+    # kept for previews: one loaded anew would lack what an earlier LoRA changes in it
+    texts_change = texts_change or any(component != "unet" for (component, _), _ in earlier)
     if family.text_encoder is not None and texts_change:
         kind = "adapted" if "text-encoder" in config.adapter.targets else "frozen"
         items.append(Item("text encoder", module_bytes(family.text_encoder), f"{kind}, {config.base.dtype}"))
-    if family.vae is not None and data.cache == "none":
+    if family.vae is not None and (data.cache == "none" or (needs and "vae" in needs.decode)):
         items.append(Item("VAE", module_bytes(family.vae), f"frozen, {config.base.dtype}"))
+    if needs and needs.clip and (folder := folder_of(family, config.clip.model)):
+        items.append(Item("CLIP pair", clip_bytes(folder), "frozen, float32"))
     layers = ", ".join(config.adapter.targets)
+    if earlier:
+        held = sum(layer.parameters for _, layer in earlier)
+        items.append(Item("earlier LoRAs", 4 * held, f"frozen: {held:,} float32"))
     items.append(Item("adapter", 4 * count, f"rank {config.adapter.rank} on {layers}: {count:,} float32"))
     items.append(Item("gradients", 4 * count, "float32"))
     state = optimizer_bytes(train.optimizer, parameters)
@@ -137,6 +153,12 @@ def module_bytes(module: nn.Module) -> int:
     names = ("lora_A", "lora_B", "lora_magnitude")
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return sum(t.numel() * t.element_size() for name, t in tensors if not any(part in name for part in names))
+
+
+def clip_bytes(folder: Path) -> int:
+    """A CLIP pair's tensors, loaded as float32."""
+    headers = [read_header(file) for file in sorted(folder.glob("*.safetensors"))]
+    return sum(4 * math.prod(entry.shape) for header in headers for entry in header.tensors.values())
 
 
 def adapter_shapes(family: Family, adapter: Adapter) -> dict[str, list[Shape]]:

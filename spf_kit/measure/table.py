@@ -33,7 +33,9 @@ LEGEND = (
     "the predictions move. Low is good for the last three."
 )
 # what must be the same for two rows to be compared
-SETTINGS = ("target", "sampler", "steps", "guidance", "judge", "count", "first_seed", "base_hash")
+SETTINGS = (
+    "target", "sampler", "steps", "guidance", "judge", "count", "first_seed", "base_hash", "earlier_LoRAs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def lines(data: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]] = {})
     """
     base = data["base"]
     here = identity(base)
-    found = [Line("base model", {key: base[key] for key in COLUMNS})]
+    found = [Line(base_name(base), {key: base[key] for key in COLUMNS})]
     for name, row in others.items():
         if row.get("target") == here["target"]:
             different = [key for key in SETTINGS if row.get(key) != here[key]]
@@ -68,9 +70,19 @@ def lines(data: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]] = {})
     return found
 
 
+def base_name(base: Mapping[str, Any], short: str = "base model") -> str:
+    """What the base's row stands for, earlier LoRAs included."""
+    earlier = [
+        Path(entry["path"]).stem + ("" if entry["weight"] == 1 else f" at {entry['weight']}")
+        for entry in base.get("on", ())
+    ]
+    return " + ".join([short, *earlier])
+
+
 def identity(row: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a row was measured with, as far as it must agree with another's; `base` is its base's row."""
     facts = {"count": len(row["prompts"]), "first_seed": row["seeds"][0]}
+    facts["earlier_LoRAs"] = row.get("on", (base or {}).get("on")) or None
     return {key: facts.get(key, row.get(key, (base or {}).get(key))) for key in SETTINGS}
 
 
@@ -92,9 +104,19 @@ def render(data: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]] = {}
         table.add_row(name, *cells, style="bold" if row is rows[-1] and data["loras"] else "")
     table.caption = (
         f"{settings['sampler']}, {settings['steps']} steps, guidance {settings['guidance']:g}; "
-        f"judge: {escape(settings['judge'])}. {LEGEND}"
+        f"judge: {escape(settings['judge'])}. {escape(_seen_by_a_loss(data))}{LEGEND}"
     )
     return table
+
+
+def _seen_by_a_loss(data: Mapping[str, Any]) -> str:
+    """Which models the CLIP pair cannot judge, "" if it can judge all."""
+    named = {base_name(data["base"]): data["base"], **data["loras"]}
+    seen = [Path(name).name for name, row in named.items() if row.get("clip_used_by_a_loss")]
+    if not seen:
+        return ""
+    pair = data["settings"]["clip"]
+    return f"{pair} judges nothing: a loss of {', '.join(seen)} used it, so response_clip is no measure. "
 
 
 def _number(key: str, value: float | None) -> str:
@@ -138,7 +160,8 @@ def contact_sheet(
     refuse_existing(path, overwrite)
     words = f"“{evaluation.captions[0].target}”"
     shown = range(min(count, len(evaluation.captions)))
-    columns = [("base", evaluation.base.plain), (f"base, {words}", evaluation.base.asked)]
+    base = base_name(evaluation.data["base"], "base")
+    columns = [(base, evaluation.base.plain), (f"{base}, {words}", evaluation.base.asked)]
     for name in evaluation.names if names is None else names:
         drawn = evaluation.pictures[name]
         columns += [(f"{Path(name).stem}, {words}", drawn.asked), (f"{Path(name).stem}, plain", drawn.plain)]

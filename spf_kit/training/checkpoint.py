@@ -1,8 +1,8 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 `checkpoints/step-000200/` holds `adapter.safetensors` (the weights in training, float32), `state.pt`
-(optimizer, scaler, EMA, plugins) and `checkpoint.json` (step, threads, processes, versions). A checkpoint is
-written beside and renamed, so that a folder of that name is complete.
+(optimizer, scaler, EMA, plugins, the best step so far) and `checkpoint.json` (step, threads, processes,
+versions). A checkpoint is written beside and renamed, so that a folder of that name is complete.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Checkpoint:
     adapter: Mapping[str, Tensor]
     updater: Mapping[str, Any]
     plugins: list[dict[str, Any]]  # for each process, each plugin's state by id
+    selection: Mapping[str, Any] = field(default_factory=dict)  # the best step so far, with its weights
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -58,7 +59,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     path = path_of(folder, checkpoint.step)
     with atomic(path, folder=True) as temporary:
         save_file(dict(checkpoint.adapter), temporary / "adapter.safetensors")
-        torch.save({"updater": checkpoint.updater, "plugins": checkpoint.plugins}, temporary / "state.pt")
+        kept = ("updater", "plugins", "selection")
+        torch.save({name: getattr(checkpoint, name) for name in kept}, temporary / "state.pt")
         facts = {
             "step": checkpoint.step,
             "threads": checkpoint.threads,
@@ -81,7 +83,13 @@ def load(path: Path) -> Checkpoint:
         adapter = load_file(path / "adapter.safetensors")
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return Checkpoint(
-            facts["step"], facts["threads"], facts["processes"], adapter, state["updater"], state["plugins"]
+            facts["step"],
+            facts["threads"],
+            facts["processes"],
+            adapter,
+            state["updater"],
+            state["plugins"],
+            state.get("selection", {}),
         )
     except Exception as error:  # damage shows as a dozen kinds of error
         raise UserError(

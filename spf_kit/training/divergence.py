@@ -51,12 +51,8 @@ def check_finite(s: Session, number: int, numbers: Numbers, outcomes: Sequence[O
 def _where(outcomes: Sequence[Outcome]) -> str:
     """Timesteps and pictures of the bad samples, or of all where no sample's own value is bad."""
     rows = [
-        (
-            float(t),
-            name,
-            all(math.isfinite(float(term[i])) for term in outcome.terms.values() if i < len(term)),
-        )
-        for outcome in outcomes
+        (float(t), name, i not in spoilt)
+        for outcome, spoilt in ((outcome, _spoilt(outcome)) for outcome in outcomes)
         for i, (t, name) in enumerate(zip(outcome.timesteps.tolist(), outcome.sample_ids))
     ]
     bad = [(t, name) for t, name, good in rows if not good] or [(t, name) for t, name, _ in rows]
@@ -65,3 +61,13 @@ def _where(outcomes: Sequence[Outcome]) -> str:
     return f"timesteps {timesteps}; pictures {pictures}" + (
         f"; prior pictures {', '.join(priors)}" if priors else ""
     )
+
+
+def _spoilt(outcome: Outcome) -> set[int]:
+    """The samples of a batch with a value that is no number."""
+    return {
+        row
+        for name, rows in outcome.rows.items()
+        for row, value in zip(rows, outcome.terms[name].tolist())
+        if not math.isfinite(value)
+    }

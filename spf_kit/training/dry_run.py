@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spf_kit import families
+from spf_kit.adapters.fit import check_family
+from spf_kit.adapters.index import index
+from spf_kit.adapters.weights import parse
 from spf_kit.data.dataset import survey
-from spf_kit.training import optimizers, session
+from spf_kit.losses import Needs
+from spf_kit.training import optimizers, session, stages, tools
 from spf_kit.training.machine import device
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ class Checked:
     family: Family
     info: dict[str, Any]  # JSON: pictures, samples, steps, epochs, warnings
     summary: list[str] = field(default_factory=list)  # lines for people
+    needs: Needs | None = None  # of all losses together
 
 
 def check(resolved: Resolved) -> Checked:
@@ -31,7 +36,13 @@ def check(resolved: Resolved) -> Checked:
     session.check(resolved)
     session.accelerator(train)
     family = families.load(config.base, device=device())
-    pictures, report = survey(config.data, config.attribute.target, family)
+    plugins, idle = tools.split_by_clip(resolved.plugins, config, family)
+    stages.check(plugins)
+    tools.clip_pair(stages.union(plugins), config, family)
+    for path, _ in map(parse, config.adapter.on):
+        check_family(index(path), family)
+    masks = stages.union(plugins).picture_masks
+    pictures, report = survey(config.data, config.attribute.target, family, masks=masks)
     report.raise_errors()
     samples = sum(picture.repeats for picture in pictures)
     per_step = train.batch_size * train.gradient_accumulation
@@ -46,6 +57,6 @@ def check(resolved: Resolved) -> Checked:
     summary = [
         f"{len(pictures)} pictures, {samples} samples an epoch; {steps} steps of {per_step} samples are "
         f"{info['epochs']:g} epochs",
-        *(f"warning: {line}" for line in (*report.lines(), *optimizers.advice(train))),
+        *(f"warning: {line}" for line in (*report.lines(), *optimizers.advice(train), *idle)),
     ]
-    return Checked(family, info, summary)
+    return Checked(family, info, summary, stages.union(plugins))

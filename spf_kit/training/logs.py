@@ -15,8 +15,11 @@ from spf_kit.files import atomic
 
 Report = Callable[[int, int, Mapping[str, Any]], None]
 """Progress: done, total and values. `phase` is always there ("preparing", "training", ...); while training
-also `loss`, `terms`, `learning_rate`, `steps_per_second`, `seconds_left` and `peak_memory` (bytes). Once,
-after the data was read, `warnings`: a list of sentences for the user."""
+also `loss`, `terms`, `learning_rate`, `steps_per_second`, `seconds_left` and `peak_memory` (bytes). Before
+the training also `warnings` and `notes`: lists of sentences for the user."""
+
+
+MEASURED = ("drift_plain", "drift_target", "learnt")  # on some lines, see `drift`
 
 
 class Metrics:
@@ -43,6 +46,7 @@ class Metrics:
             self._file.flush()  # a killed run keeps its lines
             if self._events is not None:
                 scalars = {key: line[key] for key in ("loss", "learning_rate", "grad_norm", "seconds")}
+                scalars |= {key: line[key] for key in MEASURED if key in line}
                 scalars |= {f"terms/{name}": value for name, value in line["terms"].items()}
                 for name, value in scalars.items():
                     self._events.add_scalar(name, value, line["step"])

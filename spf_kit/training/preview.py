@@ -1,4 +1,5 @@
-"""Pictures during the run: the same prompts and seeds every time, asked for the attribute and not."""
+"""Pictures during the run: the same prompts and seeds every time, asked for the attribute and not, and where
+the masks of the run act on them."""
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spf_kit.data.captions import derive
 from spf_kit.files import atomic
+from spf_kit.losses import Mask
 from spf_kit.schema import Config
+from spf_kit.training.overlays import overlays
 
 if TYPE_CHECKING:
     from spf_kit.families.base import Family
+    from spf_kit.training.step import Model
 
 Progress = Callable[[int, int, str], None]
 BATCH = 16
@@ -19,11 +24,17 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Preview:
-    """Draws `samples/step-000200.png`: a column for each prompt, a row with the target and one without."""
+    """Draws `samples/step-000200.png`: a column for each prompt, a row with the target, one without, and one
+    for each mask over the pictures with the target."""
 
     config: Config
-    family: Family
+    model: Model
     prompts: Sequence[str]  # c_base
+    masks: Sequence[Mask] = ()
+
+    @property
+    def family(self) -> Family:
+        return self.model.family
 
     def due(self, step: int) -> bool:
         every = self.config.preview.every
@@ -50,13 +61,15 @@ class Preview:
                 clip_skip=self.config.base.clip_skip, chunks=self.config.data.chunks, batch_size=BATCH,
                 progress=progress,
             )  # fmt: skip
+            captions = [derive(base, target) for base in bases]
+            lit = overlays(self.model, self.masks, self.config, pictures[: len(bases)], captions, seeds)
         finally:
             for name in freed:
                 setattr(self.family, name, None)
         drawn = to_pil(pictures)
         picture = sheet(
-            [drawn[: len(bases)], drawn[len(bases) :]],
-            row_labels=[target, f"without: {target}"],
+            [drawn[: len(bases)], drawn[len(bases) :], *(to_pil(row) for row in lit.values())],
+            row_labels=[target, f"without: {target}", *lit],
             column_labels=bases,
             title=f"{self.config.attribute.name}, step {step}",
             note=f"seeds {seeds[0]} to {seeds[-1]}, {settings.steps} steps, guidance {settings.cfg:g}",

@@ -1,4 +1,7 @@
-"""Prior pictures: what the frozen base draws for the captions' c_base, or a folder of ready pictures."""
+"""Prior pictures: what the frozen base draws for the captions' c_base, or a folder of ready pictures.
+
+Earlier LoRAs (`adapter.on`) are part of the frozen base.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ def draw(
 ) -> None:
     """Draw `prior.count` pictures with captions into `folder`, unless a run before this one has.
 
-    No adapter may be on the family. The folder appears whole; it can serve as `path` of another run.
+    The adapter in training may not be on the family yet. The folder appears whole; it can serve as `path` of
+    another run.
     """
     if folder.is_dir():
         return

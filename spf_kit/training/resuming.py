@@ -28,6 +28,7 @@ def save(s: Session, number: int) -> None:
             s.handle.state_dict(),
             s.updater.state_dict(),
             states,
+            s.selection.state_dict() if s.selection else {},
         )
         checkpoint.save(s.folder.checkpoints, saved, keep=s.config.train.keep_checkpoints)
     s.accelerator.wait_for_everyone()
@@ -58,6 +59,8 @@ def restore(s: Session, saved: Checkpoint) -> int:
         )
     s.handle.load_state_dict(saved.adapter)
     s.updater.load_state_dict(saved.updater)
+    if s.selection:
+        s.selection.load_state_dict(saved.selection)
     states = saved.plugins[s.accelerator.process_index]
     for plugin in s.plugins:
         plugin.load_state_dict(states.get(plugin.id, {}))

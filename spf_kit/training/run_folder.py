@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spf_kit.errors import UserError
+from spf_kit.errors import Interrupted, UserError
 from spf_kit.files import atomic
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 # may only grow (the schedule and the stages are then those of the longer run).
 FREE = (
     "train.steps", "train.epochs", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_tensorboard", "train.threads", "preview.", "evaluate.", "output.", "clip.",
+    "train.log_tensorboard", "train.threads", "preview.", "evaluate.", "output.",
 )  # fmt: skip
 
 
@@ -50,7 +51,8 @@ class RunFolder:
             raise UserError(
                 f"there is no run to resume in {str(self.path)!r} (no config.toml): start it without --resume"
             )
-        differences = _differences(_read(self.config), _flat(tomllib.loads(resolved.to_toml())))
+        free = FREE if any(plugin.needs.clip for plugin in resolved.plugins) else (*FREE, "clip.")
+        differences = _differences(_read(self.config), _flat(tomllib.loads(resolved.to_toml())), free)
         if differences:
             raise UserError(
                 f"the run in {str(self.path)!r} was started with another configuration: "
@@ -66,6 +68,22 @@ class RunFolder:
             return
         with atomic(self.config) as temporary:
             temporary.write_text(resolved.to_toml(), encoding="utf-8")
+
+    @contextlib.contextmanager
+    def preparing(self, how_to_resume: str) -> Iterator[None]:
+        """All that comes before the first step: what fails there is mended and started again, so a folder
+        that holds no more than its configuration goes. Prior pictures, which take long to draw, stay."""
+        fresh = not self.path.exists()
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # gone, or never made
+                if fresh and {path.name for path in self.path.iterdir()} <= {self.config.name}:
+                    self.config.unlink(missing_ok=True)
+                    self.path.rmdir()
+            if isinstance(error, KeyboardInterrupt) and self.config.is_file():
+                raise Interrupted(f"stopped before any training; go on with: {how_to_resume}") from None
+            raise
 
     def how_to_resume(self, plugin_files: Sequence[Path] = ()) -> str:
         """The command that goes on, with every option the run was started with: they are in config.toml."""
@@ -99,10 +117,10 @@ def _flat(document: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _differences(old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]) -> list[str]:
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
-        if old.get(key) != new.get(key) and not key.startswith(FREE):
+        if old.get(key) != new.get(key) and not key.startswith(free):
             found.append(f"{key} was {_show(old, key)} and is now {_show(new, key)}")
     return found
 

@@ -13,16 +13,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from spf_kit import families
+from spf_kit.adapters.earlier import Earlier
 from spf_kit.adapters.inject import AdapterHandle
 from spf_kit.data.dataset import Dataset
 from spf_kit.data.random import key_seed
 from spf_kit.errors import UserError
-from spf_kit.losses import Plugin
+from spf_kit.losses import Mask, Plugin
 from spf_kit.schema import Config, Train
-from spf_kit.training import machine, optimizers, prior, stages
+from spf_kit.training import machine, optimizers, prior, stages, tools
+from spf_kit.training.drift import Probe
 from spf_kit.training.logs import Report
 from spf_kit.training.preview import Preview
 from spf_kit.training.run_folder import RunFolder
+from spf_kit.training.selection import Selection
 from spf_kit.training.step import Draws, Model, Outcome, noised, run_step
 from spf_kit.training.text import TextCache
 from spf_kit.training.update import Updater
@@ -51,6 +54,8 @@ class Session:
     total: int  # steps
     threads: int
     report: Report
+    earlier: Earlier  # LoRAs under the adapter; never switched off
+    selection: Selection | None = None  # where drift is measured
 
     def phase(self, name: str) -> Callable[[int, int, str], None]:
         """A progress callback (done, total, text) that reports under this name."""
@@ -109,35 +114,59 @@ def open_session(
     plugins = [plugin.model_copy(deep=True) for plugin in resolved.plugins]  # they keep state
     report(0, 0, {"phase": "loading the base"})
     family = families.load(config.base, device=str(processes.device))
+    plugins, idle = tools.split_by_clip(plugins, config, family)
+    stages.check(plugins)
+    clip = tools.clip_pair(stages.union(plugins), config, family)
+    tools.check_layers(plugins, family)
     threads = config.train.threads or threads or machine.choose_threads(_count(family.unet))
     torch.set_num_threads(threads)
+    # before anything is drawn or any text is encoded: from here on they are part of the frozen model
+    earlier = Earlier.attach(family, config.adapter.on)
 
     dataset = Dataset.prepare(
         config.data, config.attribute.target, family,
         clip_skip=config.base.clip_skip, progress=phase(report, "reading pictures"),
+        masks=stages.union(plugins).picture_masks,
     )  # fmt: skip
-    warnings = [*dataset.report.lines(), *optimizers.advice(config.train)]
+    warnings = [*dataset.report.lines(), *optimizers.advice(config.train), *idle]
     report(len(dataset), len(dataset), {"phase": "reading pictures", "warnings": warnings})
     if processes.is_main_process:
         folder.claim(resolved)
     prior_data = _prior(config, plugins, family, base_prompts(dataset), folder, processes, report)
 
+    needs = stages.union(plugins)
+    phrases = tools.phrases_of(needs, config, family, dataset)
+    linear = tools.linear_decoder(needs, family, dataset)
+    if linear:
+        report(1, 1, {"phase": "fitting the decoder", "notes": [linear.sentence]})
     handle = AdapterHandle.inject(family, config.adapter, seed=config.train.seed)
-    encode = _text(config, family, dataset, prior_data, report)
-    if not any(data.needs_image_encoder for data in (dataset, prior_data) if data):
+    encode = _text(config, family, dataset, prior_data, report, keep=earlier.change_text)
+    if not ("vae" in needs.decode or any(d.needs_image_encoder for d in (dataset, prior_data) if d)):
         family.vae = None
     _training_mode(config, family)
 
-    total = steps(config, dataset, processes.num_processes)
-    return Session(
-        config, folder, processes, family, handle, Model(family, handle, encode, processes.autocast), dataset,
-        prior_data, plugins, _updater(config, handle, total, processes),
-        Preview(config, family, config.preview.prompts or base_prompts(dataset)), total, threads, report,
+    model = Model(
+        family, handle, encode, processes.autocast,
+        spans=phrases.spans if phrases else None,
+        tools=tools.build(needs, family, handle, phrases, clip, linear),
     )  # fmt: skip
+    total = steps(config, dataset, processes.num_processes)
+    opened = Session(
+        config, folder, processes, family, handle, model, dataset, prior_data, plugins,
+        _updater(config, handle, total, processes), _preview(config, model, dataset, plugins),
+        total, threads, report, earlier,
+    )  # fmt: skip
+    opened.selection = _selection(opened)
+    return opened
 
 
 def phase(report: Report, name: str) -> Callable[[int, int, str], None]:
     return lambda done, total, text: report(done, total, {"phase": name, "text": text})
+
+
+def _preview(config: Config, model: Model, dataset: Dataset, plugins: Sequence[Plugin]) -> Preview:
+    masks = [plugin for plugin in plugins if isinstance(plugin, Mask)]
+    return Preview(config, model, config.preview.prompts or base_prompts(dataset), masks)
 
 
 def steps(config: Config, dataset: Dataset, processes: int) -> int:
@@ -162,7 +191,7 @@ def _prior(
     processes: Accelerator,
     report: Report,
 ) -> Dataset | None:
-    """Before the adapter: the frozen base draws. One process does, the others read what it drew."""
+    """Before the adapter: the frozen base draws, earlier LoRAs on. One process does, the others read it."""
     wanted = stages.union(plugins).prior
     if wanted is None:
         return None
@@ -174,9 +203,19 @@ def _prior(
 
 
 def _text(
-    config: Config, family: Family, dataset: Dataset, prior_data: Dataset | None, report: Report
+    config: Config,
+    family: Family,
+    dataset: Dataset,
+    prior_data: Dataset | None,
+    report: Report,
+    *,
+    keep: bool,
 ) -> Callable[[Sequence[str]], Condition]:
-    """Embeddings computed once, and the text encoder freed, unless it is trained or texts are countless."""
+    """Embeddings computed once, and the text encoder freed, unless it is trained or texts are countless.
+
+    Args:
+        keep: do not free it: previews would load it anew, without the earlier LoRAs that change it.
+    """
     encode = functools.partial(family.encode_text, clip_skip=config.base.clip_skip, chunks=config.data.chunks)
     texts = dataset.texts()
     if trains_text(config) or texts is None:
@@ -184,7 +223,8 @@ def _text(
     texts |= {""} | ((prior_data.texts() or set()) if prior_data else set())
     tell = phase(report, "encoding captions")
     cache = TextCache(encode, texts, family.device, lambda done, total: tell(done, total, ""))
-    family.text_encoder = None
+    if not keep:
+        family.text_encoder = None
     return cache
 
 
@@ -231,6 +271,14 @@ def _updater(config: Config, handle: AdapterHandle, total: int, processes: Accel
         ema_decay=train.ema,
         accumulation=train.gradient_accumulation,
     )
+
+
+def _selection(s: Session) -> Selection | None:
+    """None where nothing is measured: not a pass more than the training's own."""
+    train = s.config.train
+    if not train.drift_every:
+        return None
+    return Selection(train, s.total, Probe(s.model, s.dataset, train.batch_size), s.updater)
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -1,4 +1,6 @@
-"""One training step, as the method's equations. METHOD.md's names: z_t noisy latents, c_base, c_tar, c_full.
+"""One training step, as the method's equations.
+
+z_t are noisy latents; c_base, c_tar and c_full a caption without the target, the target, and both.
 
 Shapes: B samples, C latent channels, h x w latent size; B' prior pictures.
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +17,20 @@ from torch import Tensor
 
 from spf_kit.data.random import generator
 from spf_kit.errors import UserError
-from spf_kit.losses import PASSES, Loss, Mask, ModelPass, Plugin, PriorBatch, Step
+from spf_kit.losses import (
+    PASSES,
+    Loss,
+    Mask,
+    ModelPass,
+    Needs,
+    Plugin,
+    PriorBatch,
+    Spans,
+    Step,
+    Tools,
+)
+from spf_kit.needs import Path
+from spf_kit.probes import matches
 from spf_kit.training.stages import active, union
 
 if TYPE_CHECKING:
@@ -34,11 +49,24 @@ class Model:
     adapter: AdapterHandle
     encode: Callable[[Sequence[str]], Condition]
     autocast: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    spans: Callable[[Caption], Spans] | None = None  # where a caption's parts stand
+    tools: Tools = field(default_factory=Tools)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, texts: Sequence[str]) -> Tensor:
         """(B, C, h, w) in float32, whatever precision computed it: losses subtract nearly equal numbers."""
         with self.autocast():
             return self.family.predict(noisy, timesteps, self.encode(texts)).float()
+
+    def run(self, batch: Noised, texts: Sequence[str], patterns: Sequence[str]) -> ModelPass:
+        """One pass, with the attention of the layers that the patterns mean."""
+        if not patterns:
+            return ModelPass(self.predict(batch.noisy_latents, batch.timesteps, texts))
+        layers = [n for n, factor in self.family.attention_layers().items() if matches(n, factor, patterns)]
+        with self.autocast():
+            prediction, attention = self.family.probe(
+                batch.noisy_latents, batch.timesteps, self.encode(texts), layers
+            )
+        return ModelPass(prediction.float(), attention)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -62,6 +90,7 @@ class Draws:
     noise: Tensor  # (B, C, h, w) eps
     offset: Tensor  # (B, C, 1, 1) standard normal, for the noise offset
     uniform: Tensor  # (B,) in [0, 1): the timestep
+    path: Tensor  # (B,) in [0, 1): whether the adapter is shown c_base or c_full
 
     @classmethod
     def keyed(cls, shape: Sequence[int], seed: int, kind: str, samples: Sequence[int]) -> Draws:
@@ -71,7 +100,8 @@ class Draws:
             source = generator(seed, kind, sample)
             uniform = torch.rand((), generator=source)
             latents, noise = (torch.randn(tuple(shape[1:]), generator=source) for _ in range(2))
-            rows.append((latents, noise, torch.randn((shape[1], 1, 1), generator=source), uniform))
+            offset = torch.randn((shape[1], 1, 1), generator=source)
+            rows.append((latents, noise, offset, uniform, torch.rand((), generator=source)))
         return cls(*(torch.stack(column) for column in zip(*rows)))
 
 
@@ -84,6 +114,8 @@ class Noised:
     noisy_latents: Tensor
     timesteps: Tensor
     target: Tensor
+    path: Tensor  # see `Draws`
+    masks: Tensor | None = None  # (B, 1, h, w), of mask pictures
 
 
 @dataclass(frozen=True)
@@ -91,11 +123,12 @@ class Outcome:
     """What a step comes to: the sum to minimise, and each term before its weight."""
 
     loss: Tensor  # ()
-    terms: Mapping[str, Tensor]  # by id, (B,), detached
+    terms: Mapping[str, Tensor]  # by id, one value for each sample that the loss saw, detached
     timesteps: Tensor  # (B,)
     sample_ids: Sequence[str]
     prior_ids: Sequence[str] = ()
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)  # which samples a term is of; none: all
 
 
 def noised(
@@ -108,7 +141,9 @@ def noised(
     noise = (draws.noise + noise_offset * draws.offset).to(device)
     timesteps = process.sample_timesteps(draws.uniform.to(device))
     noisy = process.add_noise(latents, noise, timesteps)
-    return Noised(latents, noise, noisy, timesteps, process.target(latents, noise, timesteps))
+    masks = None if batch.masks is None else batch.masks.to(device)
+    target = process.target(latents, noise, timesteps)
+    return Noised(latents, noise, noisy, timesteps, target, draws.path, masks)
 
 
 def run_step(
@@ -135,39 +170,103 @@ def run_step(
     """
     acting = active(plugins, progress)
     needs = union(acting)
-    texts = {kind: _texts(kind, captions) for _, kind in PASSES.values()}
+    plain = plain_rows(batch, needs)
+    passes = _run_passes(model, batch, captions, needs, plain)
+    whole = Step(
+        batch.latents, batch.noise, batch.noisy_latents, batch.timesteps, batch.target, model.family.noise,
+        captions, sample_ids, number, progress, passes,
+        _run_prior(model, *prior) if prior and needs.prior else None,
+        token_spans=[model.spans(caption) for caption in captions] if needs.phrases and model.spans else (),
+        given_masks=batch.masks, tools=model.tools,
+    )  # fmt: skip
+    masks: dict[str, Tensor] = {}
+    rows = rows_by_path(plain, len(captions))
+    steps = _by_path(whole, rows, masks)
+    terms: dict[str, Tensor] = {}
+    total = torch.zeros((), device=batch.latents.device)
+    for plugin in acting:
+        step = steps[plugin.needs.path]
+        seen, count = step.seen_by(plugin), len(step.captions)
+        if isinstance(plugin, Mask):
+            shape = (count, 1, *batch.latents.shape[2:])
+            masks[plugin.id] = _checked(plugin, plugin(seen).detach(), shape) if count else torch.zeros(shape)
+        elif isinstance(plugin, Loss):
+            value = _checked(plugin, plugin(seen), None) if count else total.new_zeros(0)
+            terms[plugin.id] = value.detach().float()
+            if count:  # each sample counts alike, however many of a batch take which path
+                total = total + plugin.weight * (count / len(captions)) * value.float().mean()
+    prior_ids = prior[1].sample_ids if prior else ()
+    seen_rows = {p.id: rows[p.needs.path] for p in acting if p.id in terms and not p.needs.prior}
+    return Outcome(total, terms, batch.timesteps, sample_ids, prior_ids, masks, seen_rows)
+
+
+def masks_of(
+    model: Model, batch: Noised, captions: Sequence[Caption], sample_ids: Sequence[str], masks: Sequence[Mask]
+) -> dict[str, Tensor]:
+    """What mask plugins make of a batch, by id, whether or not a loss reads them: (B, 1, h, w) each."""
+    needs = union(masks)
+    passes = _run_passes(model, batch, captions, needs, None)
+    spans = [model.spans(caption) for caption in captions] if needs.phrases and model.spans else ()
+    step = Step(
+        batch.latents, batch.noise, batch.noisy_latents, batch.timesteps, batch.target, model.family.noise,
+        captions, sample_ids, passes=passes, token_spans=spans, given_masks=batch.masks, tools=model.tools,
+    )  # fmt: skip
+    shape = (len(captions), 1, *batch.latents.shape[2:])
+    return {mask.id: _checked(mask, mask(step.seen_by(mask)).detach(), shape) for mask in masks}
+
+
+# --- the passes -------------------------------------------------------------------------------------------
+
+
+def plain_rows(batch: Noised, needs: Needs) -> Tensor | None:
+    """(B,) bool: the samples whose adapter-on pass takes c_base in place of c_full, see `Needs.of`."""
+    if needs.plain_share is None:
+        return None
+    if "response" not in needs.passes:  # nobody looks at c_full
+        return torch.ones_like(batch.path, dtype=torch.bool)
+    return batch.path < needs.plain_share
+
+
+def _run_passes(
+    model: Model, batch: Noised, captions: Sequence[Caption], needs: Needs, plain: Tensor | None
+) -> dict[str, ModelPass]:
+    """All adapter-off passes before the first pass with gradient. "response" holds both paths' samples."""
     passes: dict[str, ModelPass] = {}
 
     def run(adapter_on: bool) -> None:
         for name, (on, kind) in PASSES.items():
-            if name in needs.passes and on is adapter_on:
-                passes[name] = ModelPass(model.predict(batch.noisy_latents, batch.timesteps, texts[kind]))
+            wanted = name in needs.passes or (name == "response" and plain is not None)
+            if wanted and on is adapter_on:
+                texts = _texts(kind, captions)
+                if name == "response" and plain is not None:
+                    texts = [c.base if p else text for c, p, text in zip(captions, plain.tolist(), texts)]
+                layers = [pattern for of, pattern in needs.attention if of == name]
+                passes[name] = model.run(batch, texts, layers)
 
     if any(not PASSES[name][0] for name in needs.passes):
-        with model.frozen():  # all of them before the first pass with gradient
+        with model.frozen():
             run(adapter_on=False)
     run(adapter_on=True)
-    prior_batch = _run_prior(model, *prior) if prior and needs.prior else None
+    return passes
 
-    masks: dict[str, Tensor] = {}
-    terms: dict[str, Tensor] = {}
-    step = Step(
-        batch.latents, batch.noise, batch.noisy_latents, batch.timesteps, batch.target, model.family.noise,
-        captions, sample_ids, number, progress, passes, prior_batch, masks,
-    )  # fmt: skip
-    total = torch.zeros((), device=batch.latents.device)
-    for plugin in acting:
-        seen = step.seen_by(plugin)
-        if isinstance(plugin, Mask):
-            shape = (len(captions), 1, *batch.latents.shape[2:])
-            masks[plugin.id] = _checked(plugin, plugin(seen).detach(), shape)
-        elif isinstance(plugin, Loss):
-            value = plugin(seen)
-            terms[plugin.id] = _checked(plugin, value, None)
-            total = total + plugin.weight * value.float().mean()
-    detached = {name: term.detach().float() for name, term in terms.items()}
-    prior_ids = prior[1].sample_ids if prior else ()
-    return Outcome(total, detached, batch.timesteps, sample_ids, prior_ids, masks)
+
+def rows_by_path(plain: Tensor | None, count: int) -> dict[Path, list[int]]:
+    """Which samples of a batch the plugins of each path see."""
+    flags = [False] * count if plain is None else plain.tolist()
+    return {
+        "whole": list(range(count)),
+        "asked": [i for i in range(count) if not flags[i]],
+        "plain": [i for i in range(count) if flags[i]],
+    }
+
+
+def _by_path(whole: Step, rows: Mapping[Path, list[int]], masks: dict[str, Tensor]) -> dict[Path, Step]:
+    """The step as plugins of each path see it. `masks`, filled later, are of the asked samples."""
+    if not rows["plain"]:
+        return {"whole": whole, "asked": replace(whole, masks=masks), "plain": whole.rows([])}
+    plain = whole.rows(rows["plain"])
+    plain = replace(plain, passes={**plain.passes, "plain": plain.passes["response"]})
+    return {"whole": whole, "asked": replace(whole.rows(rows["asked"]), masks=masks), "plain": plain}
 
 
 def _run_prior(model: Model, batch: Noised, pictures: Batch) -> PriorBatch:

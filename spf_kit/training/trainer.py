@@ -18,16 +18,18 @@ from spf_kit.data.random import key_seed
 from spf_kit.discovery import files_of
 from spf_kit.errors import Interrupted
 from spf_kit.files import content_hash
-from spf_kit.training import checkpoint, resuming, session
+from spf_kit.training import checkpoint, resuming, session, tools
 from spf_kit.training.divergence import Numbers, check_finite
 from spf_kit.training.dry_run import Checked, check
 from spf_kit.training.logs import Metrics, Pace, Report
 from spf_kit.training.machine import Stop, peak_memory, restored
 from spf_kit.training.run_folder import RunFolder
+from spf_kit.training.selection import Selected
 from spf_kit.training.session import Session
 from spf_kit.training.step import Outcome
 
 if TYPE_CHECKING:
+    from spf_kit.adapters.earlier import Earlier
     from spf_kit.adapters.inject import AdapterHandle
     from spf_kit.config import Resolved
     from spf_kit.families.base import Family
@@ -47,6 +49,8 @@ class TrainResult:
     family: Family  # with the trained adapter on, in evaluation mode
     handle: AdapterHandle
     captions: list[str]  # the different c_base of the data
+    earlier: Earlier  # the LoRAs under it, on too
+    selected: Selected | None = None  # where drift was measured
 
 
 def train(
@@ -73,14 +77,19 @@ def train(
             checkpoint.clean(folder.checkpoints)
         processes.wait_for_everyone()
         saved = resuming.newest(folder, processes.num_processes) if resume else None
-        s = session.open_session(
-            resolved, folder, processes, report or (lambda *_: None), saved.threads if saved else None
-        )
-        start = resuming.restore(s, saved) if saved else 0
-        _loop(s, start, folder.how_to_resume(files_of(s.plugins)))
+        how_to_resume = folder.how_to_resume(files_of(resolved.plugins))
+        with folder.preparing(how_to_resume):
+            s = session.open_session(
+                resolved, folder, processes, report or (lambda *_: None), saved.threads if saved else None
+            )
+            start = resuming.restore(s, saved) if saved else 0
+        _loop(s, start, how_to_resume)
         lora = _finish(s, resolved, started)
     captions = session.base_prompts(s.dataset)
-    return TrainResult(lora, folder.path, s.total, time.time() - started, s.family, s.handle, captions)
+    return TrainResult(
+        lora, folder.path, s.total, time.time() - started, s.family, s.handle, captions, s.earlier,
+        s.selection.chosen() if s.selection else None,
+    )  # fmt: skip
 
 
 def _loop(s: Session, start: int, how_to_resume: str) -> None:
@@ -98,6 +107,8 @@ def _loop(s: Session, start: int, how_to_resume: str) -> None:
             rates = s.updater.apply(number)
 
             line = _line(number, numbers, rates, pace.tick(), s.updater.skipped)
+            if s.selection and s.selection.due(number):
+                line |= s.selection.measure(number)
             if metrics:
                 metrics.write(line)
             s.report(number, s.total, {"phase": "training", **line, **_progress(s, pace, number)})
@@ -113,13 +124,19 @@ def _loop(s: Session, start: int, how_to_resume: str) -> None:
 def _read(s: Session, outcomes: Sequence[Outcome], norm: Tensor, stop: bool) -> Numbers:
     """All of a step's numbers in one transfer from the device: it has to wait for the step only once."""
     names = list(outcomes[0].terms)
-    means = [torch.stack([outcome.terms[name].mean() for outcome in outcomes]).mean() for name in names]
+    values = [torch.cat([outcome.terms[name] for outcome in outcomes]) for name in names]
     loss = torch.stack([outcome.loss.detach() for outcome in outcomes]).mean()
-    vector = torch.stack([*means, loss, norm.detach(), torch.tensor(float(stop), device=loss.device)])
+    others = [loss, norm.detach(), loss.new_tensor(float(stop))]
+    counts = loss.new_tensor([float(len(term)) for term in values])  # a term may have met no sample
+    vector = torch.cat([torch.stack([term.sum() for term in values]), counts, torch.stack(others)])
     if s.accelerator.num_processes > 1:
         vector = s.accelerator.reduce(vector, "mean")
-    *terms, total, length, stops = vector.tolist()
-    return Numbers(total, dict(zip(names, terms)), length, stops > 0)
+    numbers = vector.tolist()
+    terms = {
+        name: total / count for name, total, count in zip(names, numbers, numbers[len(names) :]) if count
+    }
+    loss_mean, length, stops = numbers[-3:]
+    return Numbers(loss_mean, terms, length, stops > 0)
 
 
 def _line(
@@ -189,6 +206,8 @@ def _preview(s: Session, number: int, metrics: Metrics | None, stop: Stop) -> No
 def _finish(s: Session, resolved: Resolved, started: float) -> Path:
     """Write the LoRA, and leave the family as it was loaded, with the trained adapter on."""
     s.updater.use_average()
+    if s.selection:
+        s.selection.put_in_place()
     session.evaluation_mode(s.config, s.family)
     output = s.config.output
     path = s.folder.lora(s.config.attribute.name, output.format)
@@ -205,7 +224,12 @@ def _finish(s: Session, resolved: Resolved, started: float) -> Path:
             processes=s.accelerator.num_processes,
             regularisation_pictures=len(s.prior) if s.prior else 0,
         )
-        lora = s.handle.to_lora_file(training_metadata(resolved, s.dataset.info(), facts))
+        lora = s.handle.to_lora_file(
+            training_metadata(resolved, s.dataset.info(), facts)
+            | s.earlier.metadata
+            | tools.metadata(s.model.tools)
+            | (s.selection.metadata if s.selection else {})
+        )
         files.write(lora, path, output.format, output.dtype)
     s.accelerator.wait_for_everyone()
     return path

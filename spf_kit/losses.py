@@ -19,14 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from spf_kit.errors import UserError
-from spf_kit.needs import PASSES, Decoder, Needs, PassName, Prior
+from spf_kit.needs import PASSES, Clip, Decoder, Needs, PassName, Prior, Tools
 from spf_kit.probes import LayerProbe, Spans, at_least_float32, matches, select, token_mask
 
 if TYPE_CHECKING:
@@ -65,26 +65,6 @@ class PriorBatch:
     prediction: Tensor
     target: Tensor
     timesteps: Tensor
-
-
-class Clip(Protocol):
-    """A CLIP pair; embeddings are L2-normalised."""
-
-    def image(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] to (B, D), differentiable."""
-
-    def text(self, texts: Sequence[str]) -> Tensor:
-        """N texts to (N, D), without gradient."""
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What the trainer offers beside the passes; each is there only if an active plugin needs it."""
-
-    embed: Callable[[Sequence[str]], Tensor] | None = None
-    decode: Callable[[Tensor, Decoder], Tensor] | None = None
-    clip: Clip | None = None
-    update_norms: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +201,7 @@ class Plugin(BaseModel):
     name: ClassVar[str] = ""
 
     id: str = Field("", description="name in this preset; default: the plugin's name")
+    enabled: bool = Field(True, description="false: leave it out, where a recipe brings it")
     start: float = Field(0.0, ge=0, le=1, description="share of the run after which it acts (a stage)")
     end: float = Field(1.0, ge=0, le=1, description="share of the run after which it no longer acts")
 
@@ -252,7 +233,12 @@ class Loss(Plugin):
     """A term of the sum that is minimised: weight x mean over samples of `__call__(step)`, which is (B,)."""
 
     weight: float = Field(1.0, description="factor of this term in the sum")
-    mask: str | None = Field(None, description="id of a mask plugin that stands before this entry")
+    mask: str | None = Field(None, description='id of a mask plugin before this entry; "": none')
+
+    @field_validator("mask", mode="after")
+    @classmethod
+    def _empty_is_none(cls, mask: str | None) -> str | None:
+        return mask or None
 
     def __call__(self, step: Step) -> Tensor:
         raise TypeError(f"the loss {self.name!r} defines no __call__")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
 
 from spf_kit.errors import UserError
 
@@ -97,3 +99,23 @@ def _both(name: str, one: Any, other: Any) -> Any:
             f"two losses need different {NAMES[name]} ({one} and {other}): give them the same settings"
         )
     return other if one is None else one
+
+
+class Clip(Protocol):
+    """A CLIP pair; embeddings are L2-normalised."""
+
+    def image(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to (B, D), differentiable."""
+
+    def text(self, texts: Sequence[str]) -> Tensor:
+        """N texts to (N, D), without gradient."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What the trainer offers beside the passes; each is there only if an active plugin needs it."""
+
+    embed: Callable[[Sequence[str]], Tensor] | None = None
+    decode: Callable[[Tensor, Decoder], Tensor] | None = None
+    clip: Clip | None = None
+    update_norms: Callable[[], Tensor] | None = None

@@ -857,3 +857,22 @@ def test_importing_config_loads_no_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"
+
+
+def test_a_preset_leaves_a_loss_of_its_recipe_out(tmp_path: Path) -> None:
+    """`enabled = false` drops it, `mask = ""` unties a loss from its mask; what is left must be sound."""
+    both = config.load("glasses", recipe="output-preservation")
+    assert [plugin.id for plugin in both.plugins] == ["denoising", "output_preservation"]
+    without = ["loss.output_preservation.enabled=false"]
+    one = config.load("glasses", recipe="output-preservation", sets=without)
+    assert [plugin.id for plugin in one.plugins] == ["denoising"]
+    assert [entry.id for entry in one.config.loss] == ["denoising"]
+    with pytest.raises(UserError, match="no loss"):
+        config.load("glasses", recipe="naive", sets=["loss.denoising.enabled=false"])
+
+    masked = ['loss.where.plugin="control_map"', 'loss.denoising.mask="where"']
+    assert config.load("glasses", recipe="naive", sets=masked).plugins[-1].mask == "where"
+    untied = config.load("glasses", recipe="naive", sets=[*masked, 'loss.denoising.mask=""'])
+    assert untied.plugins[-1].mask is None
+    with pytest.raises(UserError, match="where"):
+        config.load("glasses", recipe="naive", sets=[*masked, "loss.where.enabled=false"])

@@ -133,8 +133,9 @@ def check_plugins(
     complete = [plugin for plugin in plugins if plugin is not None]
     if not merged.complete or len(complete) < len(plugins) or len(problems) > before:
         return None  # contradictions between entries are worth a word once each entry is right
-    check_losses(complete, origins, preset, problems)
-    return complete
+    acting = [plugin for plugin in complete if plugin.enabled]
+    check_losses(acting, origins, preset, problems)
+    return acting
 
 
 def _check_entry(

@@ -93,7 +93,10 @@ class Family(ABC):
 
     def attention_layers(self) -> dict[str, int]:
         """The cross-attention layers that `probe` taps: name to how many latents make one pixel's side."""
-        return taps.attention_layers(self.unet)
+        known = self.__dict__.get("_attention_layers")
+        if known is None or known[0] is not self.unet:  # a walk over all modules, and steps ask twice
+            self._attention_layers = known = self.unet, taps.attention_layers(self.unet)
+        return known[1]
 
     def probe(
         self, noisy_latents: Tensor, timesteps: Tensor, condition: Condition, layers: Sequence[str]

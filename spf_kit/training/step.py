@@ -8,6 +8,7 @@ Shapes: B samples, C latent channels, h x w latent size; B' prior pictures.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -68,10 +69,18 @@ class Model:
             )
         return ModelPass(prediction.float(), attention)
 
+    @functools.cached_property
+    def _random(self) -> list[torch.nn.Module]:
+        """What acts at random in training mode. Found once: a walk over all modules is 7% of a small step."""
+        unet, *others = [
+            module for module in (self.family.unet, self.family.text_encoder) if module is not None
+        ]
+        return [*others, *(m for m in unet.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0)]
+
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """The base model as it was: adapter off, no gradient, no dropout."""
-        training = [module for module in self.family.components().values() if module.training]
+        training = [module for module in self._random if module.training]
         with torch.no_grad(), self.adapter.disabled():
             try:
                 for module in training:

@@ -1,0 +1,265 @@
+"""What each recipe adds and what it pollutes: all embedded attributes x recipes x seeds, measured alike.
+
+    python bench/pollution.py run   [--attributes glasses,beard] [--recipes naive,spf] [--jobs 2] [--output D]
+    python bench/pollution.py table [--results docs/results] [--output DIR]
+
+`run` trains each cell (attribute, recipe, seed) with the same data, steps and rank, draws the same prompts
+with the same seeds as the base, and writes DIR/cells/ATTRIBUTE.RECIPE.SEED.json. What is there is not made
+again, so an interrupted run goes on. A cell is a curve: the recipe's checkpoints and reduced strengths of
+its last one (see `bench/pollution.toml`, which lists the recipes). `table` makes tables and contact
+sheets. Weights and schedules were tuned with `--prompts tune`, never on the prompts that are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ATTRIBUTES = ("glasses", "sunglasses", "eyepatch", "beard", "moustache", "winter-hat")
+COUNT = 96
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One line of bench/pollution.toml: a recipe of the package with the settings of this comparison."""
+
+    name: str
+    recipe: str
+    sets: list[str] = field(default_factory=list)
+    points: list[tuple[int, float]] = field(default_factory=list)  # (step, strength) beside the last at 1
+
+    @classmethod
+    def read(cls, path: Path) -> dict[str, Recipe]:
+        found = {}
+        for name, entry in tomllib.loads(path.read_text(encoding="utf-8"))["recipe"].items():
+            points = [(int(step), float(strength)) for step, strength in entry.get("points", [])]
+            found[name] = cls(name, entry["recipe"], entry.get("set", []), points)
+        return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    attribute: str
+    recipe: str
+    seed: int
+
+    def file(self, output: Path) -> Path:
+        return output / "cells" / f"{self.attribute}.{self.recipe}.{self.seed}.json"
+
+
+def measure_cell(cell: Cell, recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one cell and measure every point of its curve."""
+    import torch
+
+    from spf_kit import config, schema
+    from spf_kit.files import atomic
+    from spf_kit.training import trainer
+
+    torch.set_num_threads(1)
+    sets = [*recipe.sets, "train.threads=1", "preview.every=0", "train.log_tensorboard=false"]
+    sets += [f"train.checkpoint_every={_interval(recipe)}", "train.keep_checkpoints=100"]
+    resolved = config.load(
+        cell.attribute, recipe=recipe.recipe, base="embedded", seed=cell.seed, sets=[*sets, *options.sets]
+    )
+    evaluate = schema.Evaluate(prompts=_prompts(options.prompts), count=options.count, steps=options.steps)
+    with tempfile.TemporaryDirectory() as temporary:
+        began = time.process_time()
+        result = trainer.train(resolved, Path(temporary) / "run")
+        seconds = time.process_time() - began
+        last = (result.steps, 1.0)
+        points = dict.fromkeys([*(p for p in recipe.points if not options.last_only), last])
+        rows = list(_points(result, list(points), evaluate, resolved.config.attribute, cell, options.output))
+        told = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    pace = sorted(line["seconds"] for line in told[len(told) // 2 :])
+    found = {
+        "attribute": cell.attribute, "recipe": cell.recipe, "seed": cell.seed, "prompts": options.prompts,
+        "count": options.count, "settings": sets, "training_cpu_seconds": round(seconds, 1),
+        "seconds_per_step_late": round(pace[len(pace) // 2], 4), "points": rows,
+    }  # fmt: skip
+    with atomic(cell.file(options.output)) as path:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def _interval(recipe: Recipe) -> int:
+    """Steps between checkpoints, so that every point of the curve has one."""
+    from math import gcd
+
+    return gcd(*(step for step, _ in recipe.points)) if recipe.points else 0
+
+
+def _prompts(name: str) -> list[str]:
+    from spf_kit import embedded
+
+    return embedded.prompts(name)
+
+
+def _points(
+    result: Any, points: list[tuple[int, float]], evaluate: Any, attribute: Any, cell: Cell, output: Path
+) -> Iterator[dict[str, Any]]:
+    """A row for each (step, strength), the base's own among its keys."""
+    from safetensors.torch import load_file
+
+    from spf_kit.measure.evaluate import measure
+    from spf_kit.measure.rows import summary
+
+    final = result.handle.state_dict()
+    base = KeptBase(output, attribute.target, evaluate)
+    for step, strength in points:
+        state = final
+        if step != result.steps:
+            state = load_file(result.run / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors")
+        result.handle.load_state_dict(state)
+        found = measure(
+            result.family, {"lora": result.handle}, evaluate, attribute, strength=strength,
+            drawn=base.pictures,
+        )  # fmt: skip
+        base.keep(found.base)
+        row, own = found.data["loras"]["lora"], found.data["base"]
+        keys = ("response", "preservation", "leakage", "response_clip")
+        yield {
+            **{key: value for key, value in summary(row).items() if isinstance(value, int | float)},
+            "step": step, "strength": strength, "base": {key: own[key] for key in keys},
+            "changed": row["changed"], "leaked": row["leaked"],
+        }  # fmt: skip
+        if (step, strength) == points[-1]:
+            _keep_pictures(found, cell.file(output).with_suffix(".safetensors"))
+
+
+@dataclass
+class KeptBase:
+    """The base's pictures of these prompts, drawn once for all cells."""
+
+    output: Path
+    target: str
+    evaluate: Any
+
+    @property
+    def file(self) -> Path:
+        settings = f"{self.target}-{self.evaluate.count}-{self.evaluate.steps}-{len(self.evaluate.prompts)}"
+        return self.output / "base" / f"{settings.replace(' ', '-')}.safetensors"
+
+    @property
+    def pictures(self) -> Any:
+        from safetensors.torch import load_file
+
+        from spf_kit.measure.judges import Pictures
+
+        return Pictures(**load_file(self.file)) if self.file.is_file() else None
+
+    def keep(self, drawn: Any) -> None:
+        from safetensors.torch import save_file
+
+        from spf_kit.files import atomic
+
+        if not self.file.is_file():
+            with atomic(self.file) as path:
+                save_file({"asked": drawn.asked.contiguous(), "plain": drawn.plain.contiguous()}, path)
+
+
+def _keep_pictures(found: Any, file: Path, count: int = 8) -> None:
+    """The first pictures of a cell and of its base, for the contact sheets."""
+    from safetensors.torch import save_file
+
+    from spf_kit.files import atomic
+
+    drawn = {"base": found.base, "lora": found.pictures["lora"]}
+    tensors = {
+        f"{name}.{kind}": (getattr(pictures, kind)[:count] * 255).round().byte().contiguous()
+        for name, pictures in drawn.items()
+        for kind in ("asked", "plain")
+    }
+    with atomic(file) as path:
+        save_file(tensors, path, {"prompts": json.dumps([c.base for c in found.captions[:count]])})
+
+
+def cells_of(options: argparse.Namespace) -> list[Cell]:
+    """What is still to be made; everything with one seed before the next, so that a cut-off run is fair."""
+    cells = [
+        Cell(attribute, recipe, seed)
+        for seed in options.seeds
+        for attribute in options.attributes
+        for recipe in options.recipes
+    ]
+    return [cell for cell in cells if not cell.file(options.output).is_file()]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Each cell in a process of its own, `--jobs` at a time, one thread each."""
+    todo = cells_of(options)
+    print(f"{len(todo)} cells to measure", file=sys.stderr, flush=True)
+    (options.output / "cells").mkdir(parents=True, exist_ok=True)
+
+    def one(cell: Cell) -> None:
+        arguments = [sys.executable, __file__, "cell", cell.attribute, cell.recipe, str(cell.seed)]
+        given = sys.argv[2:]
+        done = subprocess.run(
+            [*arguments, *given], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        if done.returncode:
+            print(done.stderr[-2000:], file=sys.stderr, flush=True)
+            return
+        point = json.loads(cell.file(options.output).read_text())["points"][-1]
+        said = {key: round(point[key], 3) for key in ("response", "pollution", "leakage")}
+        print(cell.attribute, cell.recipe, cell.seed, said, file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(one, todo))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("command", choices=["run", "table", "cell"])
+    parser.add_argument("cell", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=Path("runs/pollution"))
+    parser.add_argument("--config", type=Path, default=HERE / "pollution.toml")
+    parser.add_argument("--results", type=Path, default=HERE.parent / "docs" / "results")
+    parser.add_argument("--attributes", type=_names, default=list(ATTRIBUTES))
+    parser.add_argument("--recipes", type=_names, help="default: all of the config")
+    parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--prompts", choices=["evaluate", "tune"], default="evaluate")
+    parser.add_argument("--count", type=int, default=COUNT)
+    parser.add_argument("--steps", type=int, default=20, help="of the sampler")
+    parser.add_argument("--last-only", action="store_true", help="no curve: the last step at strength 1")
+    parser.add_argument("--set", dest="sets", action="append", default=[], help="a key, in every recipe")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args(arguments)
+    options.output = options.output.resolve()
+    options.known = Recipe.read(options.config)
+    options.recipes = options.recipes or list(options.known)
+    return options
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def main() -> None:
+    options = parse()
+    if options.command == "run":
+        run(options)
+    elif options.command == "cell":
+        attribute, recipe, seed = options.cell
+        measure_cell(Cell(attribute, recipe, int(seed)), options.known[recipe], options)
+    else:
+        sys.path.insert(0, str(HERE))
+        from pollution_report import write
+
+        write(options.output / "cells", options.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -341,7 +341,7 @@ def test_sets_reach_tables_losses_and_new_entries(plugins: list[Path]) -> None:
         "loss.extra.weight=0.5", "loss.extra.plugin=cfg_l1", "loss.cfg_half.plugin=cfg_half",
         "loss.extra.mask=cfg_half",
     ]  # fmt: skip
-    resolved = config.load("glasses", sets=sets, plugin_files=plugins)
+    resolved = config.load("glasses", recipe="naive", sets=sets, plugin_files=plugins)
     assert resolved.config.train.optimizer_args == {"weight_decay": 0.1, "betas": [0.9, 0.95]}
     assert resolved.config.attribute.target == "wearing round glasses"
     assert resolved.config.adapter.targets == ["cross-attention", "text-encoder"]
@@ -477,8 +477,8 @@ def test_the_effective_configuration_loads_as_itself(
     for section, values in first.config.model_dump(exclude={"loss"}).items():
         assert data[section].keys() == {key for key, value in values.items() if value is not None}
     assert data["loss"][-1] == {
-        "plugin": "cfg_l1", "id": "extra", "start": 0.0, "end": 1.0, "weight": 1.0, "mask": "cfg_half",
-        "power": 1, "kind": "plain", "betas": [0.5, 1.0], "either": 1.0, "path": "",
+        "plugin": "cfg_l1", "id": "extra", "enabled": True, "start": 0.0, "end": 1.0, "weight": 1.0,
+        "mask": "cfg_half", "power": 1, "kind": "plain", "betas": [0.5, 1.0], "either": 1.0, "path": "",
     }  # fmt: skip
 
 

@@ -449,7 +449,8 @@ def test_the_numbers_are_of_the_weights_that_are_saved(
     straight: Whole, family: Family, dataset: Dataset
 ) -> None:
     """The average, not the weights in training."""
-    fresh = AdapterHandle.inject(family, schema.Adapter(rank=2), name="fresh")
+    adapter = schema.Adapter(rank=2, targets=config.load("glasses").config.adapter.targets)
+    fresh = AdapterHandle.inject(family, adapter, name="fresh")
     probe = Probe(Model(family, fresh, family.encode_text), dataset, 2)
     saved = checkpoint.load(checkpoint.path_of(straight.path / "checkpoints", 6))
     found = []

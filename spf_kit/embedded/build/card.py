@@ -29,14 +29,15 @@ pictures and scripts: Apache-2.0, as spf-kit.
 Named attributes: skin (4), hair style (9), hair colour (6), clothing (4) and its colour (6), background (6),
 mouth (6). The six preset attributes (glasses, sunglasses, eyepatch, beard, moustache, winter hat) are frequent in
 what CLIP, VAE and judge saw (20,000 pictures) and about 1% each in what the UNet saw (24,000 pictures). In the
-last part of its training (about 15 minutes) some captions named one of them falsely: with true captions alone the
-UNet drew sunglasses in 94% of the pictures that asked for them, which leaves a LoRA nothing to learn.
+second half of its training some captions named one of them falsely, as captions of the web do: with true captions
+alone the UNet drew sunglasses in 94% of the pictures that asked for them, which leaves a LoRA nothing to learn.
 
 ## Training
-Two CPU cores, shared with other work, about an hour and a half in all: VAE 17 minutes, then 21 for the decoder
-alone; CLIP 15 minutes, then 24 for its image tower and text projection (the text encoder frozen, the last 11
-with weight on moustaches, which are small); judge 14 minutes; UNet ({unet_steps} steps of 48 pictures) 65
-minutes. The scripts are in `spf_kit/embedded/build`.
+Two CPU cores, shared with other work: VAE 17 minutes, then 21 for the decoder alone; CLIP 15 minutes, then 24
+for its image tower and text projection (the text encoder frozen, the last 11 with weight on moustaches, which are
+small); judge 14 minutes; UNet ({unet_steps} steps of 48 pictures) about 107 minutes, the last 10 with full
+captions and more high noise, where hair and clothes get their colours. The scripts are in
+`spf_kit/embedded/build`.
 
 ## Scores
 By the judge, DDIM {steps} steps, guidance 4, {prompts} prompts that no training used. `scores.json` has them in full.

@@ -35,7 +35,7 @@ alone the UNet drew sunglasses in 94% of the pictures that asked for them, which
 ## Training
 Two CPU cores, shared with other work: VAE 17 minutes, then 21 for the decoder alone; CLIP 15 minutes, then 24
 for its image tower and text projection (the text encoder frozen, the last 11 with weight on moustaches, which are
-small); judge 14 minutes; UNet ({unet_steps} steps of 48 pictures) about 107 minutes, the last 10 with full
+small); judge 14 minutes; UNet ({unet_steps} steps of 48 pictures) about 110 minutes, the last 13 with full
 captions and more high noise, where hair and clothes get their colours. The scripts are in
 `spf_kit/embedded/build`.
 

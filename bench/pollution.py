@@ -74,18 +74,20 @@ def measure_cell(cell: Cell, recipe: Recipe, options: argparse.Namespace) -> dic
         cell.attribute, recipe=recipe.recipe, base="embedded", seed=cell.seed, sets=[*sets, *options.sets]
     )
     evaluate = schema.Evaluate(prompts=_prompts(options.prompts), count=options.count, steps=options.steps)
+    shorter = evaluate.model_copy(update={"count": min(options.curve_count, options.count)})
     with tempfile.TemporaryDirectory() as temporary:
         began = time.process_time()
         result = trainer.train(resolved, Path(temporary) / "run")
         seconds = time.process_time() - began
         last = (result.steps, 1.0)
-        points = dict.fromkeys([*(p for p in recipe.points if not options.last_only), last])
-        rows = list(_points(result, list(points), evaluate, resolved.config.attribute, cell, options.output))
+        points = {p: shorter for p in recipe.points if not options.last_only} | {last: evaluate}
+        rows = list(_points(result, points, resolved.config.attribute, cell, options.output))
         told = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     pace = sorted(line["seconds"] for line in told[len(told) // 2 :])
     found = {
         "attribute": cell.attribute, "recipe": cell.recipe, "seed": cell.seed, "prompts": options.prompts,
-        "count": options.count, "settings": sets, "training_cpu_seconds": round(seconds, 1),
+        "count": options.count, "sampler_steps": options.steps, "settings": sets,
+        "training_cpu_seconds": round(seconds, 1),
         "seconds_per_step_late": round(pace[len(pace) // 2], 4), "points": rows,
     }  # fmt: skip
     with atomic(cell.file(options.output)) as path:
@@ -107,7 +109,7 @@ def _prompts(name: str) -> list[str]:
 
 
 def _points(
-    result: Any, points: list[tuple[int, float]], evaluate: Any, attribute: Any, cell: Cell, output: Path
+    result: Any, points: dict[tuple[int, float], Any], attribute: Any, cell: Cell, output: Path
 ) -> Iterator[dict[str, Any]]:
     """A row for each (step, strength), the base's own among its keys."""
     from safetensors.torch import load_file
@@ -116,8 +118,8 @@ def _points(
     from spf_kit.measure.rows import summary
 
     final = result.handle.state_dict()
-    base = KeptBase(output, attribute.target, evaluate)
-    for step, strength in points:
+    for (step, strength), evaluate in points.items():
+        base = KeptBase(output, attribute.target, evaluate)
         state = final
         if step != result.steps:
             state = load_file(result.run / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors")
@@ -131,16 +133,17 @@ def _points(
         keys = ("response", "preservation", "leakage", "response_clip")
         yield {
             **{key: value for key, value in summary(row).items() if isinstance(value, int | float)},
-            "step": step, "strength": strength, "base": {key: own[key] for key in keys},
+            "step": step, "strength": strength, "count": len(found.captions),
+            "base": {key: own[key] for key in keys},
             "changed": row["changed"], "leaked": row["leaked"],
         }  # fmt: skip
-        if (step, strength) == points[-1]:
+        if (step, strength) == list(points)[-1]:
             _keep_pictures(found, cell.file(output).with_suffix(".safetensors"))
 
 
 @dataclass
 class KeptBase:
-    """The base's pictures of these prompts, drawn once for all cells."""
+    """The base's pictures of these prompts, drawn once for all cells of an attribute."""
 
     output: Path
     target: str
@@ -232,7 +235,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--prompts", choices=["evaluate", "tune"], default="evaluate")
     parser.add_argument("--count", type=int, default=COUNT)
-    parser.add_argument("--steps", type=int, default=20, help="of the sampler")
+    parser.add_argument("--curve-count", type=int, default=48, help="prompts of the curve's other points")
+    parser.add_argument("--steps", type=int, default=10, help="of the sampler, DDIM")
     parser.add_argument("--last-only", action="store_true", help="no curve: the last step at strength 1")
     parser.add_argument("--set", dest="sets", action="append", default=[], help="a key, in every recipe")
     parser.add_argument("--jobs", type=int, default=2)

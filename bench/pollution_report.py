@@ -8,7 +8,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 Cell = dict[str, Any]
@@ -92,15 +92,17 @@ def markdown(cells: list[Cell]) -> str:
         "# Pollution: what each recipe adds and what it changes beside it",
         "",
         f"Embedded base; {len(attributes)} attributes ({', '.join(attributes)}); seeds "
-        f"{', '.join(map(str, seeds))}; {first['count']} prompts of the {first['prompts']!r} list each; "
-        "means over attributes and seeds. Made by `bench/pollution.py`; every point is in `pollution.csv`.",
+        f"{', '.join(map(str, seeds))}; {first['count']} prompts of the {first['prompts']!r} list each, "
+        f"{first['sampler_steps']} steps of DDIM; means over attributes and seeds. Made by "
+        "`bench/pollution.py`; every point is in `pollution.csv`.",
         "",
         "`pollution` is the base's preservation minus the recipe's: the share of other attributes that "
         "change beyond what the base itself changes when the words are added. `matched` is the pollution at "
         f"{REFERENCE}'s response, along the recipe's curve over steps and strengths (–: never reaches it). "
-        "`cost` is a late training step beside a naive one.",
+        "`cost` is a late training step beside a naive one. ± is the standard error over the cells.",
         "",
         *overview(recipes),
+        *checks(recipes),
         "",
         "## By attribute",
         "",
@@ -126,11 +128,45 @@ def overview(recipes: dict[str, list[Cell]]) -> list[str]:
     for name, found in recipes.items():
         at = matched(curve(found), goal) if goal is not None else None
         numbers = [
-            f"{mean(found, key):.3f}" if "drift" not in key else f"{mean(found, key):.2g}" for key in KEYS
+            f"{mean(found, key):.2g}" if "drift" in key else f"{mean(found, key):.3f}{_spread(found, key)}"
+            for key in KEYS
         ]
         cost = f"{mean_pace(found) / naive:.2f}" if naive else "–"
         lines.append(_row([name, str(len(found)), *numbers, "–" if at is None else f"{at:.3f}", cost]))
     return lines
+
+
+def _spread(cells: Sequence[Cell], key: str) -> str:
+    """Standard error of the mean over cells; nothing of a single one."""
+    values = [last(cell)[key] for cell in cells]
+    return f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+
+
+def checks(recipes: dict[str, list[Cell]]) -> list[str]:
+    """How the reference stands beside naive, each as a sentence with its numbers."""
+    if not {REFERENCE, "naive"} <= recipes.keys():
+        return []
+    own = recipes[REFERENCE]
+    naive = [
+        c
+        for c in recipes["naive"]
+        if (c["attribute"], c["seed"]) in {(d["attribute"], d["seed"]) for d in own}
+    ]
+    means = {key: (mean(own, key), mean(naive, key)) for key in ("response", "pollution", "leakage")}
+    worst = {
+        key: choose((mean(found, key), name) for name, found in by(own, "attribute").items())
+        for key, choose in (("response", min), ("leakage", max))
+    }
+    said = {key: f"{key} {ours:.3f} against {theirs:.3f}" for key, (ours, theirs) in means.items()}
+    ours, theirs = means["pollution"]
+    return [
+        "",
+        f"`{REFERENCE}` beside `naive` on the same {len(own)} cells:",
+        "",
+        f"- {said['response']}; the least is {worst['response'][0]:.3f} ({worst['response'][1]})",
+        f"- {said['pollution']}" + (f": {ours / theirs:.2f} of it" if theirs > 0 else ""),
+        f"- {said['leakage']}; the most is {worst['leakage'][0]:.3f} ({worst['leakage'][1]})",
+    ]
 
 
 def mean_pace(cells: Sequence[Cell]) -> float:
@@ -164,6 +200,7 @@ def table_of_points(cells: list[Cell]) -> str:
         "seed",
         "step",
         "strength",
+        "count",
         *KEYS,
         "response_clip",
         "seconds_per_step_late",

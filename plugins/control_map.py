@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from spf_kit.losses import Field, Mask, Needs, Step, Tensor, register
+from spf_kit.losses import Field, Mask, Needs, Step, Tensor, model_validator, register
 
 
 @register("control_map")
@@ -25,8 +25,10 @@ class ControlMap(Mask):
     Source: SPF-Portrait (arXiv:2504.00396) for N, C and M. Our reading, where it is silent: D is rescaled
     over the phrases of one caption (`distances`; a lone phrase keeps its own), and phrases are combined by
     maximum. Ours altogether, off by default: what N is made of (`source`), `subtract`, `blur`, `ema`,
-    `quantile`, `threshold`. As published the map is small (N is rescaled by its largest pixel), so that
-    1 - M is about 1 everywhere; `quantile` gives it a scale of its own.
+    `quantile`, `otsu`, `threshold`. As published the map is small (N is rescaled by its largest pixel), so
+    that 1 - M is about 1 everywhere. Divided by a value of its own pixels, clipped at 1, it gets a size:
+    `quantile` gives every picture the same, `otsu` (Otsu 1979, doi:10.1109/TSMC.1979.4310076) the one at
+    which the pixels fall into two classes, a hat a larger one than glasses.
 
     Losses that keep the base's picture (text_consistency, fine_grained, inverted_mask) act where M is small;
     losses that teach (denoising) act where M is large.
@@ -44,9 +46,16 @@ class ControlMap(Mask):
     quantile: float | None = Field(
         None, gt=0, le=1, description="M is divided by this quantile of its pixels; unset: not at all"
     )
+    otsu: bool = Field(False, description="M is divided by Otsu's threshold of its pixels; not with quantile")
     threshold: float = Field(0.0, ge=0, lt=1, description="what is less becomes 0, what is left is stretched")
 
     _averages: dict[str, Tensor] = {}  # N of each picture, (h, w) on the CPU
+
+    @model_validator(mode="after")
+    def _one_scale(self) -> ControlMap:
+        if self.otsu and self.quantile is not None:
+            raise ValueError(f"otsu and quantile = {self.quantile} both give the map its size: remove one")
+        return self
 
     @property
     def needs(self) -> Needs:
@@ -62,7 +71,9 @@ class ControlMap(Mask):
     def __call__(self, step: Step) -> Tensor:
         n = self.remembered(self.changed(step), step.sample_ids)
         m = (n - self.subtract * self.claimed(step)).clamp(0, 1)
-        if self.quantile is not None:
+        if self.otsu:
+            m = m / otsu(m).clamp(min=1e-6)[:, None, None]
+        elif self.quantile is not None:
             m = m / torch.quantile(m.flatten(1).float(), self.quantile, dim=1).clamp(min=1e-6)[:, None, None]
         m = ((m - self.threshold) / (1 - self.threshold)).clamp(0, 1)
         return m.unsqueeze(1).to(step.noisy_latents.dtype)
@@ -141,6 +152,17 @@ def rescale(values: Tensor) -> Tensor:
     span = high - low
     varies = span > 16 * torch.finfo(values.dtype).eps * high.abs()
     return torch.where(varies, (values - low) / span.where(varies, torch.ones_like(span)), 0.0)
+
+
+def otsu(pictures: Tensor) -> Tensor:
+    """The least pixel of the upper class, where pixels are split into two classes with the largest variance
+    between their means (Otsu 1979): (B, h, w) to (B,). Of a constant picture its value."""
+    pixels = pictures.flatten(1).sort(dim=1).values.double()
+    n = torch.arange(1, pixels.shape[1], device=pixels.device)  # of the lower class
+    lower = pixels.cumsum(dim=1)
+    upper = (lower[:, -1:] - lower[:, :-1]) / (pixels.shape[1] - n)
+    between = n * (pixels.shape[1] - n) * (upper - lower[:, :-1] / n).square()
+    return pixels.gather(1, 1 + between.argmax(dim=1, keepdim=True))[:, 0].to(pictures.dtype)
 
 
 def blurred(pictures: Tensor, sigma: float) -> Tensor:

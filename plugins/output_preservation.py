@@ -23,7 +23,9 @@ class OutputPreservation(Loss):
     `share` no pass with the adapter on: on that share of the samples it takes c_base in place of c_full, and
     there this loss acts and no other that reads the model. What is left is the pass without gradient, which
     other plugins may read too. The other losses see fewer samples in return: each sample counts alike in the
-    sum, so that a share of 0.25 weighs this loss by 0.25 and the others by 0.75.
+    sum, so that a share of 0.25 weighs this loss by 0.25 and the others by 0.75. `blank` of these samples
+    have the empty caption in both passes: under classifier-free guidance, eps("") + g (eps(c) - eps("")),
+    whatever the adapter changes there is in every picture, g - 1 times.
 
     Source: the "differential output preservation" of today's trainers, e.g. ostris/ai-toolkit; it is
     knowledge distillation from the frozen base (Hinton et al. 2015, arXiv:1503.02531) on c_base. `share` is
@@ -36,7 +38,19 @@ class OutputPreservation(Loss):
         lt=1,
         description="share of the samples with c_base in place of c_full; unset: two passes more",
     )
+    blank: float = Field(
+        0.0, ge=0, le=1, description='part of that share with "" in place of c_base (guidance draws with it)'
+    )
     kind: Literal["l2", "relative"] = Field("l2", description="relative: as a share of the base's prediction")
+
+    @model_validator(mode="after")
+    def _blank_of_share(self) -> OutputPreservation:
+        if self.blank and self.share is None:
+            raise ValueError(
+                f"blank = {self.blank} is a part of share, which is not set: set share, or use the plugin "
+                "blank_preservation"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_pictures(self) -> OutputPreservation:
@@ -51,7 +65,7 @@ class OutputPreservation(Loss):
     def needs(self) -> Needs:
         if self.share is None:
             return Needs.of("plain", "reference")
-        return Needs.of("reference", plain_share=self.share)
+        return Needs.of("reference", plain_share=self.share, blank_share=self.blank or None)
 
     def __call__(self, step: Step) -> Tensor:
         base = step.reference.prediction

@@ -42,8 +42,8 @@ class Prior:
 class Needs:
     """What a plugin reads.
 
-    Those with one value for the whole run (`prior`, `plain_share`, `picture_masks`) may be asked for by
-    several plugins only with the same value.
+    Those with one value for the whole run (`prior`, `plain_share`, `blank_share`, `picture_masks`) may be
+    asked for by several plugins only with the same value.
     """
 
     passes: frozenset[PassName] = frozenset({"response"})
@@ -55,6 +55,7 @@ class Needs:
     weights: bool = False  # `step.update_norms`
     picture_masks: str | None = None  # `step.picture_mask`: a folder of mask pictures
     plain_share: float | None = None  # see `Needs.of`
+    blank_share: float | None = None  # of the plain samples: "" in place of c_base
 
     @classmethod
     def of(cls, *passes: PassName, layers: Iterable[str] = (), **others: Any) -> Needs:
@@ -62,7 +63,7 @@ class Needs:
 
         With `plain_share` the plugin sees that share of the samples and no other, and finds as `step.plain`
         their adapter-on pass, which takes c_base in place of c_full and so costs nothing. Plugins without it
-        see the rest.
+        see the rest. A `blank_share` of the plain samples has the empty caption, in the reference too.
         """
         attention = frozenset((name, pattern) for name in passes for pattern in layers)
         return cls(frozenset(passes), attention=attention, **others)
@@ -88,7 +89,12 @@ class Needs:
         return cls(frozenset())
 
 
-NAMES = {"prior": "prior pictures", "plain_share": "shares of plain samples", "picture_masks": "mask folders"}
+NAMES = {
+    "prior": "prior pictures",
+    "plain_share": "shares of plain samples",
+    "blank_share": "shares of blank captions",
+    "picture_masks": "mask folders",
+}
 
 
 def _both(name: str, one: Any, other: Any) -> Any:

@@ -150,6 +150,9 @@ def test_what_output_preservation_needs() -> None:
             make(share=share)
     with pytest.raises(ValidationError, match=r"share = 0\.5 takes others: remove one of them"):
         make(share=0.5, mask="m")
+    assert make(share=0.25, blank=0.5).needs.blank_share == 0.5
+    with pytest.raises(ValidationError, match=r"blank = 0\.5 is a part of share, which is not set"):
+        make(blank=0.5)
 
 
 @pytest.mark.parametrize("invert", [False, True])
@@ -448,6 +451,24 @@ def test_shared_samples_see_c_base_and_no_pass_is_added(
     assert len(traced(family, learnt, batch, denoising, make())[1]) == 3
     late = traced(family, learnt, batch, denoising, make(share=0.5, start=0.5), path=MIXED)[1]
     assert late == [Seen(True, [caption.full for caption in captions])]
+
+
+def test_a_part_of_the_shared_samples_has_no_caption(
+    family: Family, learnt: AdapterHandle, batch: Any
+) -> None:
+    """Both passes of such a sample take "", and the loss is that of the plugin blank_preservation there."""
+    captions, denoising, make = batch.captions, SHIPPED["denoising"](), SHIPPED["output_preservation"]
+    plugin = make(share=0.5, blank=0.4)  # paths below 0.2: sample 0 of MIXED
+    seen = traced(family, learnt, batch, denoising, plugin, path=MIXED)[1]
+    assert seen == [
+        Seen(False, ["", *(caption.base for caption in captions[1:])]),
+        Seen(True, ["", captions[1].full, captions[2].base, captions[3].full]),
+    ]
+    term = run(family, learnt, batch, denoising, plugin, path=MIXED).terms[plugin.id]
+    blank = run(family, learnt, batch, SHIPPED["blank_preservation"]()).terms["blank_preservation"]
+    plain = run(family, learnt, batch, make()).terms["output_preservation"]
+    assert torch.allclose(term, torch.stack([blank[0], plain[2]]), rtol=1e-3)
+    assert abs(float(blank[0] / plain[0]) - 1) > 0.01
 
 
 @pytest.mark.parametrize(

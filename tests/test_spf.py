@@ -7,10 +7,13 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from spf_kit.plugins.control_map import otsu
 from torch import Tensor
 
 from spf_kit import families, schema
@@ -214,6 +217,24 @@ def test_quantile_and_threshold_give_the_map_its_scale() -> None:
         q = low + (place - int(place)) * (values[int(place) + 1] - low)
         expected = [min(1.0, max(0.0, (v / q - 0.2) / 0.8)) for v in row.flatten().tolist()]
         assert found.flatten().tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_otsu_gives_each_map_the_size_of_its_upper_class() -> None:
+    """Beside a search over every threshold for the largest variance between the classes."""
+    plain, scaled = plugin("control_map"), plugin("control_map", otsu=True)
+    step = step_for(plain)
+    for row, found in zip(plain(step), scaled(step)):
+        values = row.flatten().tolist()
+        between = {}
+        for threshold in sorted(set(values))[1:]:
+            lower, upper = ([v for v in values if (v >= threshold) is side] for side in (False, True))
+            between[threshold] = len(lower) * len(upper) * (fmean(upper) - fmean(lower)) ** 2
+        best = max(between, key=lambda threshold: between[threshold])
+        assert found.flatten().tolist() == pytest.approx([min(1.0, v / best) for v in values], abs=1e-5)
+        assert 0 < int((found == 1).sum()) < found.numel()
+    assert otsu(torch.full((2, 4, 4), 0.25)).tolist() == [0.25, 0.25]
+    with pytest.raises(ValidationError, match=r"otsu and quantile = 0\.9 both give the map its size"):
+        plugin("control_map", otsu=True, quantile=0.9)
 
 
 @pytest.mark.parametrize("name", ["text_consistency", "fine_grained"])

@@ -180,7 +180,7 @@ def run_step(
     """
     acting = active(plugins, progress)
     needs = union(acting)
-    plain = plain_rows(batch, needs)
+    plain = plain_texts(batch, captions, needs)
     passes = _run_passes(model, batch, captions, needs, plain)
     whole = Step(
         batch.latents, batch.noise, batch.noisy_latents, batch.timesteps, batch.target, model.family.noise,
@@ -190,7 +190,7 @@ def run_step(
         given_masks=batch.masks, tools=model.tools,
     )  # fmt: skip
     masks: dict[str, Tensor] = {}
-    rows = rows_by_path(plain, len(captions))
+    rows = rows_by_path(plain)
     steps = _by_path(whole, rows, masks)
     terms: dict[str, Tensor] = {}
     total = torch.zeros((), device=batch.latents.device)
@@ -215,7 +215,7 @@ def masks_of(
 ) -> dict[str, Tensor]:
     """What mask plugins make of a batch, by id, whether or not a loss reads them: (B, 1, h, w) each."""
     needs = union(masks)
-    passes = _run_passes(model, batch, captions, needs, None)
+    passes = _run_passes(model, batch, captions, needs, [None] * len(captions))
     spans = [model.spans(caption) for caption in captions] if needs.phrases and model.spans else ()
     step = Step(
         batch.latents, batch.noise, batch.noisy_latents, batch.timesteps, batch.target, model.family.noise,
@@ -228,28 +228,33 @@ def masks_of(
 # --- the passes -------------------------------------------------------------------------------------------
 
 
-def plain_rows(batch: Noised, needs: Needs) -> Tensor | None:
-    """(B,) bool: the samples whose adapter-on pass takes c_base in place of c_full, see `Needs.of`."""
-    if needs.plain_share is None:
-        return None
+def plain_texts(batch: Noised, captions: Sequence[Caption], needs: Needs) -> list[str | None]:
+    """What the adapter is told in place of c_full where a sample is on the plain path, see `Needs.of`: c_base
+    or nothing; None for the others."""
+    share, blank = needs.plain_share, needs.blank_share or 0.0
+    if share is None:
+        return [None] * len(captions)
     if "response" not in needs.passes:  # nobody looks at c_full
-        return torch.ones_like(batch.path, dtype=torch.bool)
-    return batch.path < needs.plain_share
+        share = 1.0
+    return [
+        ("" if path < share * blank else caption.base) if path < share else None
+        for path, caption in zip(batch.path.tolist(), captions)
+    ]
 
 
 def _run_passes(
-    model: Model, batch: Noised, captions: Sequence[Caption], needs: Needs, plain: Tensor | None
+    model: Model, batch: Noised, captions: Sequence[Caption], needs: Needs, plain: Sequence[str | None]
 ) -> dict[str, ModelPass]:
     """All adapter-off passes before the first pass with gradient. "response" holds both paths' samples."""
     passes: dict[str, ModelPass] = {}
 
     def run(adapter_on: bool) -> None:
         for name, (on, kind) in PASSES.items():
-            wanted = name in needs.passes or (name == "response" and plain is not None)
+            wanted = name in needs.passes or (name == "response" and needs.plain_share is not None)
             if wanted and on is adapter_on:
                 texts = _texts(kind, captions)
-                if name == "response" and plain is not None:
-                    texts = [c.base if p else text for c, p, text in zip(captions, plain.tolist(), texts)]
+                if name in ("response", "reference"):
+                    texts = [text if own is None else own for text, own in zip(texts, plain)]
                 layers = [pattern for of, pattern in needs.attention if of == name]
                 passes[name] = model.run(batch, texts, layers)
 
@@ -260,13 +265,12 @@ def _run_passes(
     return passes
 
 
-def rows_by_path(plain: Tensor | None, count: int) -> dict[Path, list[int]]:
+def rows_by_path(plain: Sequence[str | None]) -> dict[Path, list[int]]:
     """Which samples of a batch the plugins of each path see."""
-    flags = [False] * count if plain is None else plain.tolist()
     return {
-        "whole": list(range(count)),
-        "asked": [i for i in range(count) if not flags[i]],
-        "plain": [i for i in range(count) if flags[i]],
+        "whole": list(range(len(plain))),
+        "asked": [i for i, text in enumerate(plain) if text is None],
+        "plain": [i for i, text in enumerate(plain) if text is not None],
     }
 
 

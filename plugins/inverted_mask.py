@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from spf_kit.losses import Field, Loss, Needs, Step, Tensor, model_validator, per_sample, register
+from spf_kit.losses import Field, Loss, Needs, Step, Tensor, model_validator, per_sample, register, x0_weight
 
 
 @register("inverted_mask")
@@ -21,6 +21,8 @@ class InvertedMask(Loss):
     same to all of them: it scales the difference that is to vanish. The trainers below multiply the square.
     Both are the same for masks of 0 and 1; a half-masked pixel counts a quarter here and a half there.
 
+    `x0_weight` is our addition, off by default: what the function of that name in `spf_kit.losses` says.
+
     Costs one pass without gradient; none with caption = "base" where another plugin reads the reference.
 
     Source: `inverted_mask_prior` of ostris/ai-toolkit (weight 0.5 by default) and
@@ -30,6 +32,10 @@ class InvertedMask(Loss):
 
     caption: Literal["full", "base"] = Field(
         "full", description="what the frozen base reads: c_full or c_base"
+    )
+
+    x0_weight: float | None = Field(
+        None, gt=0, description="at high noise differences count as of the clean picture, at most so often"
     )
 
     @model_validator(mode="after")
@@ -48,4 +54,5 @@ class InvertedMask(Loss):
     def __call__(self, step: Step) -> Tensor:
         base = step.run("reference_full") if self.caption == "full" else step.reference
         outside = 1 - step.mask  # type: ignore[operator]  # never without: see the validator
-        return per_sample((outside * (step.response.prediction - base.prediction)).square())
+        loss = per_sample((outside * (step.response.prediction - base.prediction)).square())
+        return loss * x0_weight(step, self.x0_weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from spf_kit.losses import Field, Loss, Needs, Step, Tensor, model_validator, per_sample, register
+from spf_kit.losses import Field, Loss, Needs, Step, Tensor, model_validator, per_sample, register, x0_weight
 
 
 @register("output_preservation")
@@ -28,8 +28,8 @@ class OutputPreservation(Loss):
     whatever the adapter changes there is in every picture, g - 1 times.
 
     Source: the "differential output preservation" of today's trainers, e.g. ostris/ai-toolkit; it is
-    knowledge distillation from the frozen base (Hinton et al. 2015, arXiv:1503.02531) on c_base. `share` is
-    our addition.
+    knowledge distillation from the frozen base (Hinton et al. 2015, arXiv:1503.02531) on c_base. `share`,
+    `blank` and `x0_weight` (see the function of that name in `spf_kit.losses`) are our additions.
     """
 
     share: float | None = Field(
@@ -40,6 +40,9 @@ class OutputPreservation(Loss):
     )
     blank: float = Field(
         0.0, ge=0, le=1, description='part of that share with "" in place of c_base (guidance draws with it)'
+    )
+    x0_weight: float | None = Field(
+        None, gt=0, description="at high noise differences count as of the clean picture, at most so often"
     )
     kind: Literal["l2", "relative"] = Field("l2", description="relative: as a share of the base's prediction")
 
@@ -70,4 +73,5 @@ class OutputPreservation(Loss):
     def __call__(self, step: Step) -> Tensor:
         base = step.reference.prediction
         loss = per_sample((step.plain.prediction - base).square(), step.mask)
-        return loss if self.kind == "l2" else loss / per_sample(base.square())
+        loss = loss if self.kind == "l2" else loss / per_sample(base.square())
+        return loss * x0_weight(step, self.x0_weight)

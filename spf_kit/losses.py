@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PASSES", "Decoder", "Field", "LayerProbe", "Literal", "Loss", "Mask", "ModelPass", "Needs", "PassName",
     "Plugin", "Prior", "PriorBatch", "Spans", "Step", "Tensor", "Tools", "at_least_float32",
-    "model_validator", "per_sample", "register", "registered", "token_mask",
+    "model_validator", "per_sample", "register", "registered", "token_mask", "x0_weight",
 ]  # fmt: skip
 
 
@@ -255,6 +255,24 @@ def per_sample(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over all but the first dimension: (B, ...) to (B,). With a mask, (B, 1, h, w), each value counts
     times its mask; the divisor stays the number of values."""
     return (values if mask is None else values * mask).flatten(1).mean(dim=1)
+
+
+def x0_weight(step: Step, most: float | None) -> Tensor | float:
+    """(B,) weights for |p - p'|^2 of two predictions, at most `most`; 1 where that is None.
+
+    min(most, max(SNR, 1) f(t)) with |x0 - x0'|^2 = f(t) |p - p'|^2: at high noise a difference counts as that
+    of the clean pictures, at low noise as that of the noise. The first steps of a sampler decide what a
+    picture is of, and in epsilon prediction differences there are small numbers.
+
+        f(t) = 1 / SNR                  epsilon
+             = 1 / (SNR + 1)            v
+             = 1 / (1 + sqrt(SNR))^2    flow
+    """
+    if most is None:
+        return 1.0
+    snr = step.process.snr(step.timesteps).clamp(1e-8, 1e8)  # 0 and infinite at the ends
+    over = {"epsilon": snr, "v_prediction": snr + 1, "flow": (1 + snr.sqrt()) ** 2}
+    return (snr.clamp(min=1) / over[step.process.prediction_type]).clamp(max=most)
 
 
 # --- the registry -----------------------------------------------------------------------------------------

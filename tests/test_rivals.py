@@ -140,6 +140,28 @@ def test_relative_output_preservation(masked: bool) -> None:
     close(plugin(replace(step, passes=tenfold)), expected)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_x0_weight_makes_differences_those_of_the_clean_pictures(kind: Any) -> None:
+    """Beside the clean pictures that the noise process itself derives from two predictions, in float64."""
+    schedule = None if kind == "flow" else torch.linspace(0.9999, 0.005, 1000, dtype=torch.float64)
+    step = replace(make_step(random_mask()), process=NoiseProcess(kind, schedule))
+    step = replace(
+        step, timesteps=torch.linspace(50, 950, B).to(torch.float32 if kind == "flow" else torch.int64)
+    )
+    process, t = step.process, step.timesteps
+    for name, base, plugin in (
+        ("response", "reference_full", SHIPPED["inverted_mask"](mask="m", x0_weight=1e6)),
+        ("plain", "reference", SHIPPED["output_preservation"](x0_weight=1e6)),
+    ):
+        on, off = (process.clean(step.noisy_latents, step.passes[n].prediction, t) for n in (name, base))
+        weights = (on - off).square().flatten(1).mean(1) * process.snr(t).clamp(min=1)
+        unmasked = replace(step, mask=torch.zeros_like(step.mask) if name == "response" else None)
+        torch.testing.assert_close(plugin(unmasked), weights.to(plugin(unmasked).dtype), rtol=1e-3, atol=1e-6)
+        capped = plugin.model_copy(update={"x0_weight": 1e-3})(unmasked)
+        plain = plugin.model_copy(update={"x0_weight": None})(unmasked)
+        torch.testing.assert_close(capped, 1e-3 * plain)
+
+
 def test_what_output_preservation_needs() -> None:
     make = SHIPPED["output_preservation"]
     assert make().needs == Needs(frozenset({"plain", "reference"}))

@@ -246,6 +246,47 @@ def evaluate(
 
 
 @app.command()
+def share(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    base: BaseModel = None,
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", help="What to draw (default: evaluated prompts).")
+    ] = [],
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="Pictures, without --prompt.")] = 4,
+    base_id: Annotated[
+        str | None, typer.Option("--base-id", help="OWNER/NAME of the base on the hub, for the card.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", help="Identifier (default: the base family's).")
+    ] = None,
+    push: Annotated[str | None, typer.Option("--push", help="OWNER/NAME on the hub to upload to.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: only you see it.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write (default: RUN/share).")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write a folder ready to upload: the LoRA, a model card, pictures with their parameters."""
+    with command(json) as console:
+        from spf_kit import workflow
+
+        workflow.share(
+            run,
+            base=base,
+            prompts=prompt,
+            count=count,
+            base_id=base_id,
+            licence=licence,
+            push=push,
+            private=private,
+            output=output,
+            overwrite=overwrite,
+            console=console,
+        )
+
+
+@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="A LoRA, a checkpoint or a folder of either.")],
     hash_: Annotated[bool, typer.Option("--hash", help="Also hash the whole file.")] = False,

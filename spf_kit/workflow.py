@@ -262,6 +262,49 @@ def _common_target(metadata: dict[str, dict[str, str]]) -> str:
     raise UserError(f"the LoRAs do not name one common trigger phrase ({named}); give it with --target")
 
 
+# --- share ------------------------------------------------------------------------------------------------
+
+
+def share(
+    run: Path,
+    *,
+    base: str | None,
+    prompts: Sequence[str],
+    count: int,
+    base_id: str | None,
+    licence: str | None,
+    push: str | None,
+    private: bool,
+    output: Path | None,
+    overwrite: bool,
+    console: Console,
+) -> None:
+    """Write the folder that is shared, and upload it if asked."""
+    from spf_kit import sampling
+    from spf_kit.adapters import files
+    from spf_kit.sharing import folder as sharing
+
+    made = output or run / "share"
+    sampling.refuse_existing(made, overwrite=overwrite)
+    finished = sharing.Run.read(run)
+    family = load_base(base, metadata=files.read(finished.lora).metadata)
+    with console.bar("drawing") as progress:
+        sharing.share(
+            finished, family, made, prompts=prompts, count=count, base_id=base_id, licence=licence,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    told: dict[str, Any] = {"output": str(made), "files": sorted(_relative(made)), "url": None}
+    console.show(f"ready to upload: {made}")
+    if push is not None:
+        told["url"] = sharing.push(made, push, private=private)
+        console.show(f"uploaded: {told['url']}")
+    console.finish(told)
+
+
+def _relative(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
 # --- inspect ----------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class Family(ABC):
     """
 
     text_components: tuple[str, ...] = ("text_encoder",)
+    kohya_unet_names: Literal["diffusers", "sai"] = "diffusers"  # of the UNet's layers in kohya's LoRA files
 
     name: str  # "sd15", "sd2", "sdxl", "embedded"
     base_id: str  # the path or id that it was loaded from, as given

@@ -6,7 +6,7 @@ Shapes: B samples, n chunks of L tokens, D = D_1 + D_2 features of both encoders
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ class SDXLFamily(StableDiffusionFamily):
         """SDXL's VAE overflows in half precision, unless its config says that it has been mended."""
         mended = self._sources["vae"].configs["vae"].get("force_upcast", True) is False
         return torch.float32 if self.dtype == torch.float16 and not mended else self.dtype
+
+    @property
+    def kohya_unet_names(self) -> Literal["diffusers", "sai"]:  # type: ignore[override]
+        """SAI's, whose numbers every loader reads for blocks of two layers, as all published models have."""
+        layers = self.unet.config.layers_per_block
+        sizes = {layers} if isinstance(layers, int) else {*layers}
+        return "sai" if sizes == {2} else "diffusers"
 
     # --- text ---
 

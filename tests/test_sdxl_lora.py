@@ -167,6 +167,17 @@ def test_merged_is_base_plus_lora(
     close(output(families.load(schema.Base(model=str(tmp_path / name)))), lora[1])
 
 
+def test_what_a_preset_said_of_its_base_holds_later(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """`sample` and `evaluate` take v for v, if the base is the one that was trained on."""
+    from spf_kit.workflow import load_base
+
+    said = f'[base]\nmodel = "elsewhere/{tiny_sdxl.name}"\nprediction_type = "v_prediction"\n'
+    told = {"spf_kit.config": said}
+    assert load_base(str(tiny_sdxl), metadata=told).noise.prediction_type == "v_prediction"
+    assert load_base("embedded", metadata=told).noise.prediction_type == "epsilon"
+    assert load_base(None, metadata={}).name == "embedded"
+
+
 # --- training -----------------------------------------------------------------------------------------------
 
 

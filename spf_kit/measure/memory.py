@@ -132,7 +132,8 @@ def account(config: Config, family: Family, needs: Needs | None = None) -> Accou
         for name, encoder in family.text_encoders().items():
             items.append(Item(name.replace("_", " "), module_bytes(encoder), f"{kind}, {config.base.dtype}"))
     if family.vae is not None and (data.cache == "none" or (needs and "vae" in needs.decode)):
-        items.append(Item("VAE", module_bytes(family.vae), f"frozen, {config.base.dtype}"))
+        dtype = str(family.vae.dtype).removeprefix("torch.")  # SDXL's is wider than the rest
+        items.append(Item("VAE", module_bytes(family.vae), f"frozen, {dtype}"))
     if needs and needs.clip and (folder := folder_of(family, config.clip.model)):
         items.append(Item("CLIP pair", clip_bytes(folder), "frozen, float32"))
     layers = ", ".join(config.adapter.targets)

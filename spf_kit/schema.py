@@ -37,7 +37,13 @@ class Base(Section):
     dtype: Precision = Field("float32", description="of the frozen weights")
     attention: Literal["sdpa", "xformers", "sliced"] = Field("sdpa", description="attention backend")
     clip_skip: int = Field(
-        1, ge=1, le=12, description="text layer counted from the end; 2 for most anime models"
+        1, ge=1, le=12, description="text layer counted from the end; 2 for most anime models of SD 1.5"
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="what the model predicts; default: what its files say"
+    )
+    zero_terminal_snr: bool | None = Field(
+        None, description="v prediction whose noise ends in pure noise; default: what the model's files say"
     )
 
 

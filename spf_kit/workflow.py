@@ -24,19 +24,26 @@ def load_base(model: str | None, *, metadata: dict[str, str] | None = None, dtyp
     from spf_kit import families, schema
     from spf_kit.training.machine import device
 
-    trained_on = _trained_on(metadata or {})
-    return families.load(schema.Base(model=model or trained_on or "embedded", dtype=dtype), device=device())
+    own = _own_base(metadata or {})
+    trained_on = str(own.get("model", ""))
+    there = trained_on and Path(trained_on).exists()
+    chosen = model or (trained_on if there else "embedded")
+    base = schema.Base(model=chosen, dtype=dtype)
+    if Path(chosen).name == Path(trained_on).name:
+        # what the preset had to say of this model is true of it still, wherever it lies now
+        said = {key: own[key] for key in ("prediction_type", "zero_terminal_snr") if key in own}
+        base = schema.Base.model_validate({**base.model_dump(), **said})
+    return families.load(base, device=device())
 
 
-def _trained_on(metadata: dict[str, str]) -> str | None:
-    """The base model of a LoRA's own effective preset, if it was trained here and the base is still there."""
+def _own_base(metadata: dict[str, str]) -> dict[str, Any]:
+    """`[base]` of a LoRA's own effective preset, if it was trained here."""
     import tomllib
 
     try:
-        model = tomllib.loads(metadata.get("spf_kit.config", ""))["base"]["model"]
-    except (tomllib.TOMLDecodeError, KeyError, TypeError):
-        return None
-    return model if model == "embedded" or Path(model).exists() else None
+        return dict(tomllib.loads(metadata.get("spf_kit.config", ""))["base"])
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError):
+        return {}
 
 
 # --- train ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,64 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+TINY_TEXT = {
+    "vocab_size": 49408, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "max_position_embeddings": 77, "eos_token_id": 49407, "bos_token_id": 49406,
+}  # fmt: skip
+TINY_UNET = {
+    "sample_size": 16, "block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2),
+    "attention_head_dim": (2, 4), "use_linear_projection": True,
+}  # fmt: skip
+TINY_VAE = {
+    "block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 32,
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SDXL with every kind of block, some with several transformers, as diffusers saves it."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from spf_kit.families.detect import shipped_config
+    from spf_kit.families.tokenizer import clip_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-sdxl")
+    torch.manual_seed(0)
+    second = {
+        **TINY_TEXT,
+        "hidden_size": 24,
+        "hidden_act": "gelu",
+        "projection_dim": 20,
+        "num_hidden_layers": 4,
+    }
+    scheduler = {k: v for k, v in shipped_config("sdxl", "scheduler").items() if k != "_class_name"}
+    scheduler = {k: v for k, v in scheduler.items() if k not in ("clip_sample", "set_alpha_to_one")}
+    StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**TINY_VAE, scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**TINY_TEXT, hidden_act="quick_gelu")),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**second)),
+        tokenizer=clip_tokenizer(), tokenizer_2=clip_tokenizer("!"),
+        unet=UNet2DConditionModel(
+            **TINY_UNET, cross_attention_dim=40, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=20 + 6 * 8,
+        ),
+        scheduler=EulerDiscreteScheduler(**scheduler),
+    ).save_pretrained(folder)  # fmt: skip
+    for name in ("tokenizer", "tokenizer_2"):  # CLIP's own is in the package, and read in a fifth of the time
+        shutil.rmtree(folder / name)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -840,7 +840,7 @@ def test_every_parameter_is_described() -> None:
     assert (rate.type, rate.default, rate.bases) == (
         "number, at least 0",
         1e-4,
-        {"embedded": 2e-3, "sd15": 1e-4},
+        {"embedded": 2e-3, "sd15": 1e-4, "sd2": 1e-4, "sdxl": 1e-4},
     )
     assert found["attribute.target"].required
     assert found["adapter.alpha"].type == "number, more than 0"

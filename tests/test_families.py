@@ -459,17 +459,28 @@ FIRST, TO_K = f"{U}input_blocks.0.0.weight", f"{U}input_blocks.1.1.transformer_b
 @pytest.mark.parametrize(
     ("shapes", "sentence"),
     [
-        ({FIRST: (320, 4, 3, 3), TO_K: (320, 1024)}, "Stable Diffusion 2.x .* not supported yet"),
-        ({FIRST: (320, 4, 3, 3), "cond_stage_model.model.ln_final.weight": (1,)}, "2.x .* not supported yet"),
+        (
+            {FIRST: (320, 9, 3, 3), TO_K: (320, 1024), "cond_stage_model.model.ln_final.weight": (1,)},
+            r"inpainting model \(9 input channels\).* not supported yet",
+        ),
+        (
+            {FIRST: (320, 4, 3, 3), TO_K: (320, 1024), f"{U}label_emb.0.0.weight": (1, 1536)},
+            "unCLIP model.* not supported yet",
+        ),
         (
             {FIRST: (320, 9, 3, 3), TO_K: (320, 768)},
             r"inpainting model \(9 input channels\).* not supported yet",
         ),
         ({FIRST: (320, 8, 3, 3)}, "InstructPix2Pix .* not supported yet"),
         (
-            {FIRST: (320, 4, 3, 3), f"{U}label_emb.0.0.weight": (1, 2816)},
-            "SDXL checkpoint.* not supported yet",
+            {FIRST: (32, 4, 3, 3), TO_K: (32, 24), f"{U}label_emb.0.0.weight": (1, 2816)},
+            r"layout of Stable Diffusion XL but other sizes .width 32, text width 24.",
         ),
+        (
+            {FIRST: (320, 9, 3, 3), TO_K: (640, 2048), f"{U}label_emb.0.0.weight": (1, 2816)},
+            r"inpainting model \(9 input channels\).* not supported yet",
+        ),
+        ({FIRST: (320, 4, 3, 3), "edm_mean": (4,)}, "EDM's noise .* not supported yet"),
         (
             {FIRST: (384, 4, 3, 3), "conditioner.embedders.0.model.text_projection": (1,)},
             "SDXL refiner.* not supp",
@@ -499,13 +510,13 @@ def test_what_is_not_supported_is_named(shapes: dict, sentence: str, tmp_path: P
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"addition_embed_type": "text_time", "cross_attention_dim": 2048}, "SDXL model.* not supported yet"),
+        ({"addition_embed_type": "text_image"}, "more inputs"),
         (
             {"addition_embed_type": "text_time", "cross_attention_dim": 1280},
             "SDXL refiner.* not supported yet",
         ),
-        ({"cross_attention_dim": 1024}, "2.x .* not supported yet"),
         ({"in_channels": 9}, "inpainting"),
+        ({"addition_embed_type": "text_time", "cross_attention_dim": 2048, "in_channels": 9}, "inpainting"),
         ({"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel .* not supported yet"),
         ({"num_class_embeds": 1000}, "more inputs"),
     ],

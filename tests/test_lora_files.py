@@ -145,7 +145,12 @@ Q_PROJ = "text_model.encoder.layers.3.self_attn.q_proj"
             Q_PROJ,
             "dora_scale",
         ),
-        ("lora_unet_input_blocks_4_1_proj_in.lora_mid.weight", "unet", "input_blocks.4.1.proj_in", "mid"),
+        (
+            "lora_unet_input_blocks_4_1_proj_in.lora_mid.weight",
+            "unet",
+            "down_blocks.1.attentions.0.proj_in",
+            "mid",
+        ),
         ("lora_unet_a_new_part_7_to_q.alpha", "unet", "a_new_part_7_to_q", "alpha"),
     ],
 )
@@ -630,13 +635,13 @@ def test_inspect_knows_checkpoints(tmp_path: Path) -> None:
     for component in ("unet", "vae", "text_encoder"):
         assert single["components"][component] == told["components"][component]
     assert len(single["hashes"]["autov2"]) == 10
-    xl = {
+    refiner = {
         "model.diffusion_model.label_emb.0.0.weight": torch.ones(1),
-        "conditioner.embedders.1.x": torch.ones(1),
+        "conditioner.embedders.0.model.ln_final.weight": torch.ones(1),
     }
-    other = inspect(save(tmp_path / "xl.safetensors", xl))
+    other = inspect(save(tmp_path / "refiner.safetensors", refiner))
     assert (other["kind"], other["family"]) == ("checkpoint", None)
-    assert "is an SDXL checkpoint" in other["note"]
+    assert "is an SDXL refiner" in other["note"]
     assert inspect(save(tmp_path / "any.safetensors", {"a": torch.ones(1)}))["kind"] == "tensors"
     with pytest.raises(UserError):
         inspect(tmp_path)

@@ -93,6 +93,6 @@ def _coarsest(model: str | Path) -> torch.dtype:
 
     target = open_target(model)
     places = (place for own in target.places.values() for place in own.values())
-    names = {target.headers[file].tensors[key].dtype for file, key, _ in places}
+    names = {target.headers[place.file].tensors[place.key].dtype for place in places}
     types = {DTYPES[name] for name in names if is_floating(name)}
     return max(types, key=lambda dtype: TOLERANCE.get(dtype, 0))

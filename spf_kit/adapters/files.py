@@ -12,8 +12,9 @@ import torch
 
 from spf_kit.adapters import formats
 from spf_kit.adapters.fit import check_family, fit
+from spf_kit.adapters.guess import guess_family
 from spf_kit.adapters.index import PEFT_CONFIG, PEFT_WEIGHTS, LayerKey, index, kind_of
-from spf_kit.adapters.keys import Format
+from spf_kit.adapters.keys import Format, UNetNames
 from spf_kit.adapters.layers import LoraLayer, load_layer
 from spf_kit.adapters.tensors import kohya_hashes, parse_dtype, write_tensors
 from spf_kit.errors import UserError
@@ -34,6 +35,7 @@ class LoraFile:
     metadata: dict[str, str] = field(default_factory=dict)
     format: Format = "kohya"
     path: Path | None = None
+    unet_names: UNetNames | None = None  # how kohya's format spells the UNet's layers; None: by the family
 
     @property
     def kind(self) -> Literal["lora", "locon", "dora"]:
@@ -66,7 +68,7 @@ def read(path: str | Path) -> LoraFile:
     """
     found = index(path)
     layers = {key: load_layer(layer) for key, layer in found.layers.items()}
-    return LoraFile(layers, dict(found.metadata), found.format, Path(path))
+    return LoraFile(layers, dict(found.metadata), found.format, Path(path), found.unet_names)
 
 
 def write(
@@ -91,13 +93,21 @@ def write(
         if format == "peft":
             expected = _write_peft(lora, temporary, kept)
         else:
-            encode = formats.to_kohya if format == "kohya" else formats.to_diffusers
-            expected = lora.layers if format == "kohya" else _folded(lora, kept)
-            tensors = encode(lora.layers, kept)
+            if format == "kohya":
+                expected, tensors = lora.layers, formats.to_kohya(lora.layers, kept, _unet_names(lora))
+            else:
+                expected, tensors = _folded(lora, kept), formats.to_diffusers(lora.layers, kept)
             metadata = {"format": "pt", **lora.metadata}
             write_tensors(temporary, tensors, metadata | kohya_hashes(tensors, lora.metadata))
         _verify(temporary, expected, kept)
     return path
+
+
+def _unet_names(lora: LoraFile) -> UNetNames:
+    """kohya's trainer has SDXL's UNet in SAI's names, all others in diffusers'."""
+    if lora.unet_names is not None:
+        return lora.unet_names
+    return "sai" if guess_family(lora.layers, lora.metadata) == "sdxl" else "diffusers"
 
 
 def _folded(lora: LoraFile, dtype: torch.dtype) -> dict[LayerKey, LoraLayer]:

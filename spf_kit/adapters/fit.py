@@ -46,11 +46,13 @@ def check_family(lora: Lora, family: Family) -> None:
 def fit(lora: Lora, family: Family) -> dict[LayerKey, LayerKey]:
     """Each layer of the LoRA to the (component, module) of the base at run time.
 
-    Raises UserError if a layer has no place, or not its shape; RuntimeError if the text encoder that it needs
+    Raises UserError if a layer has no place, or not its shape; RuntimeError if a text encoder that it needs
     was freed.
     """
-    if family.text_encoder is None and any(component == "text_encoder" for component, _ in lora.layers):
-        raise RuntimeError("the LoRA changes the text encoder, which was freed: call reload_encoders() first")
+    freed = {component for component, _ in lora.layers} & {*family.freed}
+    if freed:
+        name = min(freed).replace("_", " ")
+        raise RuntimeError(f"the LoRA changes the {name}, which was freed: call reload_encoders() first")
     places = {component: _places(family, component) for component in family.components()}
     return match(lora, places, base=family.base_id, family=family.name)
 

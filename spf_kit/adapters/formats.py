@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spf_kit.adapters import sai_names
 from spf_kit.adapters.index import LayerKey
-from spf_kit.adapters.keys import flatten, kohya_prefix
+from spf_kit.adapters.keys import UNetNames, flatten, kohya_prefix
 from spf_kit.adapters.layers import LoraLayer
 from spf_kit.adapters.tensors import all_finite
 from spf_kit.errors import UserError
@@ -32,11 +33,16 @@ class PeftPart:
     config: dict[str, Any]
 
 
-def to_kohya(layers: Layers, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`, and LyCORIS' `.dora_scale`."""
-    two = any(component == "text_encoder_2" for component, _ in layers)
+def to_kohya(layers: Layers, dtype: torch.dtype, unet_names: UNetNames = "diffusers") -> dict[str, Tensor]:
+    """`lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`, and LyCORIS' `.dora_scale`.
+
+    `unet_names` is "sai" for SDXL, see `sai_names`; its first text encoder is `lora_te1`, even alone.
+    """
+    two = unet_names == "sai" or any(component == "text_encoder_2" for component, _ in layers)
     tensors = {}
     for (component, module), layer in layers.items():
+        if component == "unet" and unet_names == "sai":
+            module = sai_names.to_sai(module) or module
         name = f"{kohya_prefix(component, two_text_encoders=two)}_{flatten(module)}"
         tensors[f"{name}.lora_down.weight"] = cast(layer.down, dtype, name)
         tensors[f"{name}.lora_up.weight"] = cast(layer.up, dtype, name)
@@ -59,7 +65,7 @@ def to_peft(layers: Layers, dtype: torch.dtype) -> dict[str, PeftPart]:
     """For each component what `PeftModel.from_pretrained` reads; text encoders named as by transformers 5."""
     parts = {}
     for component in dict.fromkeys(component for component, _ in layers):
-        own = {peft_name(m): layer for (c, m), layer in layers.items() if c == component}
+        own = {peft_name(component, m): layer for (c, m), layer in layers.items() if c == component}
         tensors: dict[str, Tensor] = {}
         for module, layer in own.items():
             refuse_flat_name(component, module, "peft")
@@ -68,9 +74,10 @@ def to_peft(layers: Layers, dtype: torch.dtype) -> dict[str, PeftPart]:
     return parts
 
 
-def peft_name(module: str) -> str:
-    """peft matches the names at run time, where transformers 5 has no level `text_model.`."""
-    return module.removeprefix("text_model.")
+def peft_name(component: str, module: str) -> str:
+    """peft matches the names at run time, where transformers 5 has no level `text_model.` but in encoders
+    with a projection."""
+    return module if component == "text_encoder_2" else module.removeprefix("text_model.")
 
 
 def fold_scale(layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spf_kit.adapters import keys
-from spf_kit.adapters.keys import Format, Part
+from spf_kit.adapters import keys, sai_names
+from spf_kit.adapters.keys import Format, Part, UNetNames, flatten
 from spf_kit.errors import UserError
 from spf_kit.headers import Header, TensorInfo, read_header
 
@@ -56,6 +56,15 @@ class LoraIndex:
     format: Format
     layers: Mapping[LayerKey, IndexedLayer]
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def unet_names(self) -> UNetNames | None:
+        """How kohya's file spells the UNet's layers; None for other formats, or without a UNet."""
+        flat = [name for (c, _), layer in self.layers.items() if c == "unet" for name in layer.names.values()]
+        if self.format != "kohya" or not flat:
+            return None
+        heads = tuple(f"lora_unet_{flatten(head)}" for head in sai_names.HEADS)
+        return "sai" if any(name.startswith(heads) for name in flat) else "diffusers"
 
     @property
     def kind(self) -> str:

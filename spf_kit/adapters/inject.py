@@ -245,7 +245,7 @@ class AdapterHandle:
                 magnitude = magnitude.reshape(shape)
             file_key = (component, self._family.file_module_name(component, module))
             layers[file_key] = LoraLayer(parts["down"], parts["up"], self._specs[key].alpha, magnitude)
-        return files.LoraFile(layers, dict(metadata or {}))
+        return files.LoraFile(layers, dict(metadata or {}), unet_names=self._family.kohya_unet_names)
 
 
 inject = AdapterHandle.inject

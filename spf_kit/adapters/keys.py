@@ -1,6 +1,7 @@
 """The names of a LoRA's tensors, in every dialect that hobbyists' files speak.
 
     kohya        lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight
+      for SDXL   lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight
     diffusers    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight
     older ones   unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight
     peft         base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight
@@ -17,7 +18,10 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Literal, NamedTuple
 
+from spf_kit.adapters import sai_names
+
 Format = Literal["kohya", "diffusers", "peft"]
+UNetNames = Literal["diffusers", "sai"]  # whose names of a UNet's layers kohya's files spell
 Part = Literal["down", "up", "mid", "alpha", "dora_scale"]
 
 
@@ -146,7 +150,8 @@ def _modern(component: str, module: str) -> str:
     """Today's name of a module from any dotted one; files made with transformers 5 may lack `text_model.`."""
     head, _, last = module.rpartition(".")
     if component == "unet":
-        return f"{module}.0" if last == "to_out" else module
+        module = f"{module}.0" if last == "to_out" else module
+        return sai_names.to_diffusers(module) or module
     if head.endswith("self_attn"):
         module = f"{head}.{_OLD_TEXT_NAMES.get(last, last)}"
     if module.startswith(("encoder.", "embeddings.", "final_layer_norm")):

@@ -81,7 +81,8 @@ def merge_loras(
         if progress:
             progress(number, len(groups), key[1])
     kept = parse_dtype(dtype) if dtype else _widest(sources)
-    merged = files.LoraFile(layers, _metadata(sources, layers))
+    sai = any(source.lora.unet_names == "sai" for source in sources)
+    merged = files.LoraFile(layers, _metadata(sources, layers), unet_names="sai" if sai else None)
     files.write(merged, output, "kohya", kept)
     residual = _residual(list(cuts.values()))
     worst = max(cuts, key=lambda key: cuts[key].residual)

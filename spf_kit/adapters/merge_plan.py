@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from spf_kit.adapters.fit import match
 from spf_kit.adapters.index import LoraIndex, index
@@ -15,9 +16,17 @@ from spf_kit.errors import UserError
 from spf_kit.headers import Header, read_header
 
 Weighted = tuple[str | Path, float | Weights]
-Place = tuple[Path, str, tuple[int, ...]]  # file, key, shape
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae")
+
+
+class Place(NamedTuple):
+    """Where a module's weight lies: a tensor, or a third of its rows, which then are what has this shape."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    third: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,13 +79,16 @@ def open_target(into: str | Path) -> Target:
 
 
 def _open_file(path: Path, family: str) -> Target:
+    from spf_kit.families.ldm_keys import third_of
     from spf_kit.families.single_file import merge_targets
 
     header = read_header(path)
     places: dict[str, dict[str, Place]] = {}
     for (component, module), key in merge_targets(header).items():
-        place = (path, key, header.tensors[key].shape)
-        places.setdefault(component, {})[flatten(module)] = place
+        shape, third = header.tensors[key].shape, third_of(key, module)
+        if third is not None:
+            shape = (shape[0] // 3, *shape[1:])
+        places.setdefault(component, {})[flatten(module)] = Place(path, key, shape, third)
     return Target(path, family, {path: header}, places)
 
 
@@ -93,7 +105,7 @@ def _open_folder(path: Path, family: str) -> Target:
                     if component.startswith("text_encoder") and not module.startswith("text_"):
                         module = f"text_model.{module}"  # as transformers 5 saves it
                     # fp16 and full variants lie side by side: both are changed, by the file's own plan
-                    own.setdefault(flatten(module), (file, name, info.shape))
+                    own.setdefault(flatten(module), Place(file, name, info.shape))
     if "unet" not in places:
         raise UserError(f"{str(path)!r} has no unet/*.safetensors to merge into")
     return Target(path, family, headers, places)
@@ -105,7 +117,7 @@ def plan(sources: Sequence[Source], target: Target) -> dict[Path, dict[str, list
     Raises UserError if a LoRA does not fit, naming both families.
     """
     shapes = {
-        component: {flat: (flat, shape) for flat, (_, _, shape) in own.items()}
+        component: {flat: (flat, place.shape) for flat, place in own.items()}
         for component, own in target.places.items()
         if component != "vae"
     }
@@ -116,8 +128,9 @@ def plan(sources: Sequence[Source], target: Target) -> dict[Path, dict[str, list
             factor = source.weights.of(component)
             if factor == 0:
                 continue
-            file, name, _ = target.places[component][flat]
+            place = target.places[component][flat]
+            change = Change(source.lora.layers[key], factor, place.third)
             for path, header in target.headers.items():
-                if path.parent == file.parent and name in header.tensors:
-                    changes[path].setdefault(name, []).append((source.lora.layers[key], factor))
+                if path.parent == place.file.parent and place.key in header.tensors:
+                    changes[path].setdefault(place.key, []).append(change)
     return changes

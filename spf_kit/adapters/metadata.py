@@ -53,7 +53,7 @@ def training_metadata(resolved: Resolved, data: Mapping[str, Any], run: Run) -> 
         **_about_network(config),
         **_about_optimisation(config),
         **_about_data(config, data, run),
-        **_about_base(config, resolved.family),
+        **_about_base(config, resolved.family, run),
     }
     return {
         **{f"ss_{key}": str(value) for key, value in values.items()},
@@ -190,11 +190,16 @@ def _about_data(config: Config, data: Mapping[str, Any], run: Run) -> dict[str, 
     }
 
 
-def _about_base(config: Config, family: str) -> dict[str, Any]:
+def _v_suffix(family: str, run: Run) -> str:
+    """kohya names 1.x and 2.x models that predict v apart, SDXL's not."""
+    return "_v" if family in ("sd15", "sd2") and run.prediction_type == "v_prediction" else ""
+
+
+def _about_base(config: Config, family: str, run: Run) -> dict[str, Any]:
     """Names without folders: a shared file does not tell where its maker keeps things."""
     base = config.base
     values: dict[str, Any] = {
-        "base_model_version": _VERSIONS.get(family, family),
+        "base_model_version": _VERSIONS.get(family, family) + _v_suffix(family, run),
         "v2": family == "sd2",
         "clip_skip": base.clip_skip if base.clip_skip > 1 else None,
         "sd_model_name": Path(base.model).name,
@@ -221,9 +226,12 @@ def legacy_hash(path: str | Path) -> str:
 def _modelspec(config: Config, family: str, run: Run) -> dict[str, str]:
     """https://github.com/Stability-AI/ModelSpec 1.0.1; `hash_sha256` joins when the file is written."""
     side = config.data.resolution
+    architecture = _ARCHITECTURES.get(family, "stable-diffusion-v1")
+    if family == "sd2" and run.prediction_type == "v_prediction":
+        architecture = "stable-diffusion-v2-768-v"
     fields = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{_ARCHITECTURES.get(family, 'stable-diffusion-v1')}/lora",
+        "architecture": f"{architecture}/lora",
         "implementation": "diffusers",
         "implementation_version": f"spf-kit/{__version__}",
         "title": config.attribute.name,

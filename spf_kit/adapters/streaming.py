@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,15 @@ from spf_kit.errors import UserError
 from spf_kit.files import CHUNK, copy_bytes
 from spf_kit.headers import DTYPE_BITS, Header, TensorInfo, encode_header
 
-Change = tuple[IndexedLayer, float]  # a LoRA's layer on the disk, and its weight
+
+class Change(NamedTuple):
+    """A LoRA's layer on the disk and its weight, for a tensor or a third of its rows (OpenCLIP's q, k, v)."""
+
+    layer: IndexedLayer
+    factor: float
+    third: int | None = None
+
+
 Progress = Callable[[int, int, str], None]  # done, total, text
 
 COMPUTABLE = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
@@ -63,12 +71,13 @@ def merged(weight: Tensor, changes: Sequence[Change], path: Path, name: str) -> 
             "that it was made from"
         )
     total = weight.to(torch.float32, copy=True)
-    for indexed, factor in changes:
+    for indexed, factor, third in changes:
         layer = load_layer(indexed)
+        here, before = (total, weight) if third is None else (t.chunk(3)[third] for t in (total, weight))
         if layer.dora_scale is None:
-            layer.add_to(total, factor)
+            layer.add_to(here, factor)
         else:
-            total += factor * layer.delta(weight)
+            here += factor * layer.delta(before)
     return total
 
 

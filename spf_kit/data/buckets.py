@@ -68,6 +68,19 @@ def crop_box(width: int, height: int, bucket: Bucket, offset: tuple[float, float
     return left, top, min(float(width), left + wide), min(float(height), top + high)
 
 
+def framing(
+    width: int, height: int, bucket: Bucket, offset: tuple[float, float] = CENTER, flip: bool = False
+) -> tuple[int, ...]:
+    """How a picture is cut: its height and width, top and left of the shown part, and the part's size.
+
+    Top and left count pixels of the picture once it has been scaled (and mirrored), as SDXL was told them.
+    """
+    left, top, right, bottom = crop_box(width, height, bucket, offset)
+    scale_x, scale_y = bucket.width / (right - left), bucket.height / (bottom - top)
+    start = width - right if flip else left
+    return height, width, round(top * scale_y), round(start * scale_x), bucket.height, bucket.width
+
+
 def kept_share(width: int, height: int, bucket: Bucket) -> float:
     """How much of the picture's area is left after the crop."""
     left, top, right, bottom = crop_box(width, height, bucket)

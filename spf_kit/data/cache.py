@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from spf_kit.data.buckets import CENTER, Bucket, crop_box, to_pixels
+from spf_kit.data.buckets import CENTER, Bucket, crop_box, framing, to_pixels
 from spf_kit.data.decoding import Unreadable, decode
 from spf_kit.data.pictures import Picture, Progress
 from spf_kit.errors import UserError
@@ -51,6 +51,11 @@ class View:
     bucket: Bucket
     offset: tuple[float, float] = CENTER
     flip: bool = False
+
+    @property
+    def framing(self) -> tuple[int, ...]:
+        """How the picture is cut, see `buckets.framing`."""
+        return framing(self.picture.width, self.picture.height, self.bucket, self.offset, self.flip)
 
     def key(self, base: str) -> str:
         """Names the latents by all that they depend on; `base` stands for the VAE and its precision."""

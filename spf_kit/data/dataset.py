@@ -55,6 +55,7 @@ class Batch:
     flipped: list[bool]
     epoch: int
     masks: Tensor | None = None  # (B, 1, h, w) in [0, 1], of mask pictures where a loss reads them
+    framing: Tensor | None = None  # (B, 6) int64: how each was cut, see `buckets.framing`
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -182,11 +183,16 @@ class Dataset:
             flipped=[view.flip for view in views],
             epoch=epoch,
             masks=self._given_masks(views, latents),
+            framing=torch.tensor([view.framing for view in views]),
         )
 
     def still(self, entry: Entry) -> Latents:
         """The latents of a picture as it stands: the middle of it, not mirrored."""
         return self._cache.get(View(entry.picture, entry.bucket))
+
+    def still_framing(self, entry: Entry) -> tuple[int, ...]:
+        """How `still` cuts it, see `buckets.framing`."""
+        return View(entry.picture, entry.bucket).framing
 
     def texts(self) -> set[str] | None:
         """Every c_base, c_full and "" that a batch can hold; None where shuffling makes them countless."""

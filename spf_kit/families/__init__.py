@@ -20,7 +20,7 @@ EMBEDDED = "embedded"
 
 
 def detect(model: str) -> str:
-    """The family's name, "sd15" or "embedded": from configs and headers alone, without a tensor.
+    """The family's name, "sd15", "sd2", "sdxl" or "embedded": from configs and headers, without a tensor.
 
     `model` is "embedded", a .safetensors file, a diffusers folder, or a hub id if no such path exists.
     Raises UserError, one sentence, for what is not there, not a base model, or not supported.
@@ -44,13 +44,17 @@ def load(base: Base, *, device: str = "cpu") -> Family:
     import torch
 
     from spf_kit.families.sd15 import SD15Family
+    from spf_kit.families.sdxl import SDXLFamily
 
-    return SD15Family(
-        _open(base.model),
+    source = _open(base.model)
+    family = SDXLFamily if source.name == "sdxl" else SD15Family
+    return family(
+        source,
         vae_source=_open_vae(base),
         dtype=getattr(torch, base.dtype),
         device=device,
         attention=base.attention,
+        base=base,
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,26 @@ from spf_kit.families.noise import NoiseProcess
 from spf_kit.probes import LayerProbe, Spans
 
 Condition = dict[str, Tensor]
-"""What steers a prediction, batch first: `encoder_hidden_states` (B, n L, D); other families add more."""
+"""What steers a prediction, batch first: `encoder_hidden_states` (B, n L, D); other families add more.
+
+Where it is known, `framing` says how the pictures were cut, (B, 6) in pixels: the original's height and
+width, top and left of the part that is shown, in the picture once it has been scaled, and the part's height
+and width. A family whose models are not told it leaves it alone.
+"""
 
 
 class Family(ABC):
     """A loaded base model. All its weights are frozen; there is one copy of them.
 
-    `unet`, `vae`, `text_encoder` and `tokenizer` are diffusers' and transformers' own objects; `vae` and
-    `text_encoder` are None between `free_encoders` and `reload_encoders`.
+    `unet`, `vae`, `text_encoder` and `tokenizer` are diffusers' and transformers' own objects; so are those
+    of further text encoders, named by `text_components`. The VAE and the text encoders are None between
+    `free_encoders` and `reload_encoders`.
     """
 
-    name: str  # "sd15", "embedded"
+    text_components: tuple[str, ...] = ("text_encoder",)
+    kohya_unet_names: Literal["diffusers", "sai"] = "diffusers"  # of the UNet's layers in kohya's LoRA files
+
+    name: str  # "sd15", "sd2", "sdxl", "embedded"
     base_id: str  # the path or id that it was loaded from, as given
     unet: Any
     vae: Any
@@ -52,9 +61,14 @@ class Family(ABC):
         """Captions to the condition of `predict`. Differentiable unless under `torch.no_grad`.
 
         Args:
-            clip_skip: which layer of the text encoder, counted from the end; 1 is the last.
+            clip_skip: which layer of the text encoder, counted from the end; 1 is the one that the family
+                reads by itself.
             chunks: windows of L - 2 tokens; what exceeds them is cut.
         """
+
+    def encode_negative(self, text: str, *, clip_skip: int = 1, chunks: int = 1) -> Condition:
+        """The condition of guidance's other half, one row, as the family's pipeline makes it."""
+        return self.encode_text([text], clip_skip=clip_skip, chunks=chunks)
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:
@@ -111,6 +125,13 @@ class Family(ABC):
     def pipeline(self, scheduler: str = "ddim") -> Any:
         """A diffusers pipeline over these very modules, with a fresh scheduler of that name."""
 
+    def prompt_arguments(self, condition: Condition, negative: Condition | None) -> dict[str, Tensor | None]:
+        """What the pipeline is called with in place of texts; `negative` is None without guidance."""
+        return {
+            "prompt_embeds": condition["encoder_hidden_states"],
+            "negative_prompt_embeds": None if negative is None else negative["encoder_hidden_states"],
+        }
+
     # --- adapters and names ---
 
     @abstractmethod
@@ -131,22 +152,32 @@ class Family(ABC):
 
     # --- memory ---
 
-    @abstractmethod
-    def free_encoders(self) -> None:
-        """Drop the VAE and the text encoder. Whoever trains the text encoder does not call this."""
+    @property
+    def freed(self) -> list[str]:
+        """The encoders that are not loaded now, by component name."""
+        return [name for name in ("vae", *self.text_components) if getattr(self, name) is None]
+
+    def free_encoders(self, names: Iterable[str] | None = None) -> None:
+        """Drop the VAE and the text encoders, or those named. Whoever trains a text encoder keeps it."""
+        for name in ("vae", *self.text_components) if names is None else names:
+            setattr(self, name, None)
 
     @abstractmethod
     def reload_encoders(self) -> None:
         """Load what `free_encoders` dropped, from where it came from."""
 
+    def text_encoders(self) -> dict[str, Any]:
+        """The text encoders that are loaded now, by component name."""
+        return {name: getattr(self, name) for name in self.text_components if name not in self.freed}
+
     def components(self) -> dict[str, nn.Module]:
-        """The modules that adapters can sit on, by component name; a freed text encoder is not among them."""
-        found = {"unet": self.unet, "text_encoder": self.text_encoder}
-        return {name: module for name, module in found.items() if module is not None}
+        """The modules that adapters can sit on, by component name; freed text encoders are not among them."""
+        return {"unet": self.unet, **self.text_encoders()}
 
     def modules(self) -> list[nn.Module]:
         """All modules that are loaded now."""
-        return [module for module in (self.unet, self.vae, self.text_encoder) if module is not None]
+        vae = [] if self.vae is None else [self.vae]
+        return [self.unet, *vae, *self.text_encoders().values()]
 
     def freeze(self) -> None:
         """No gradient for any weight, evaluation mode. True after loading."""

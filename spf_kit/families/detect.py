@@ -11,7 +11,8 @@ from typing import Any
 from spf_kit.errors import UserError
 from spf_kit.headers import Header
 
-SUPPORTED = "this version trains Stable Diffusion 1.x models and the embedded base"
+SUPPORTED = "this version trains Stable Diffusion 1.x, 2.x and XL models and the embedded base"
+_NAMES = {"sd15": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 UNET = "model.diffusion_model."
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 CONFIGS = Path(__file__).parent / "configs"
@@ -24,11 +25,9 @@ _OTHER_ARCHITECTURES = (
     ("motion_modules.", "an AnimateDiff motion module"),
     ("control_model.", "a ControlNet"),
     ("controlnet_cond_embedding.", "a ControlNet"),
-    ("conditioner.embedders.1.", "an SDXL checkpoint"),
     ("conditioner.embedders.0.model.", "an SDXL refiner"),
-    (f"{UNET}label_emb.", "an SDXL checkpoint"),
-    ("add_embedding.linear_1", "an SDXL checkpoint"),
-    ("cond_stage_model.model.", "a Stable Diffusion 2.x checkpoint"),
+    ("edm_mean", "a checkpoint with EDM's noise (Playground 2.5)"),
+    ("edm_vpred.", "a checkpoint with EDM's noise (CosXL)"),
     ("model.diffusion_model.transformer_blocks.", "a checkpoint of a diffusion transformer"),
     ("model.diffusion_model.blocks.", "a checkpoint of a diffusion transformer"),
 )
@@ -58,7 +57,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def family_of_file(header: Header) -> str:
-    """The family ("sd15" or "embedded") of a single-file checkpoint in the LDM layout.
+    """The family's name by a single-file checkpoint in the LDM layout.
 
     Raises UserError, one sentence, for LoRAs, parts of models and architectures that are not supported.
     """
@@ -68,7 +67,7 @@ def family_of_file(header: Header) -> str:
         raise UserError(f"{path!r} is a LoRA, not a base model; give the checkpoint that it was trained on")
     for part, kind in _OTHER_ARCHITECTURES:
         if any(part in key for key in keys):
-            raise UserError(_not_supported(path, kind))
+            raise UserError(not_supported(path, kind))
     if first is None or len(first.shape) != 4:
         for part, kind in _PARTS:
             if any(key.startswith(part) or f".{part}" in key for key in keys):
@@ -80,48 +79,73 @@ def family_of_file(header: Header) -> str:
     context = next(
         (i.shape[1] for k, i in keys.items() if k.endswith("attn2.to_k.weight") and len(i.shape) == 2), 0
     )
-    return family_of_sizes(path, channels, width, context, declared=header.metadata.get("spf_kit.base"))
+    kind = "sd15"
+    if any(key.startswith("cond_stage_model.model.") for key in keys) or context == _sizes("sd2")[1]:
+        kind = "sd2"
+    if any(key.startswith("conditioner.embedders.1.model.") for key in keys):
+        kind = "sdxl"
+    if f"{UNET}label_emb.0.0.weight" in keys:
+        if kind == "sd2":
+            raise UserError(not_supported(path, "a Stable unCLIP model"))
+        kind = "sdxl"  # perhaps without its text encoders, which the loader then names
+    return family_of_sizes(
+        path, channels, width, context, kind=kind, declared=header.metadata.get("spf_kit.base")
+    )
 
 
 def family_of_unet(location: str, config: Mapping[str, Any]) -> str:
-    """The family ("sd15" or "embedded") by a diffusers UNet's config. Raises UserError if not supported."""
-    kind = config.get("_class_name", "UNet2DConditionModel")
-    if kind != "UNet2DConditionModel":
-        raise UserError(_not_supported(location, f"a {kind} model"))
-    if config.get("addition_embed_type"):
-        cross = config.get("cross_attention_dim")
-        raise UserError(_not_supported(location, "an SDXL refiner" if cross == 1280 else "an SDXL model"))
-    if config.get("encoder_hid_dim_type") or config.get("class_embed_type") or config.get("num_class_embeds"):
-        raise UserError(_not_supported(location, "a UNet with more inputs than picture, time and text"))
+    """The family's name by a diffusers UNet's config. Raises UserError if it is not supported."""
+    class_name = config.get("_class_name", "UNet2DConditionModel")
+    if class_name != "UNet2DConditionModel":
+        raise UserError(not_supported(location, f"a {class_name} model"))
     widths, context = config.get("block_out_channels", [0]), config.get("cross_attention_dim", 0)
+    added = config.get("addition_embed_type")
+    if added == "text_time" and context == 1280:
+        raise UserError(not_supported(location, "an SDXL refiner"))
+    if (
+        added not in (None, "text_time")
+        or config.get("encoder_hid_dim_type")
+        or config.get("class_embed_type")
+        or config.get("num_class_embeds")
+    ):
+        raise UserError(not_supported(location, "a UNet with more inputs than picture, time and text"))
     if not isinstance(context, int):
-        raise UserError(_not_supported(location, "a UNet with several text widths"))
+        raise UserError(not_supported(location, "a UNet with several text widths"))
+    # what tells 2.x from 1.x in any size: its projections are matrices, not convolutions
+    plain = "sd2" if config.get("use_linear_projection") else "sd15"
+    kind = "sdxl" if added else plain
     # a folder states all its sizes, so any size of the architecture can be loaded from one
-    declared = None if (widths[0], context) in (_sizes("sd15"), _sizes("embedded")) else "sd15"
-    return family_of_sizes(location, config.get("in_channels", 4), widths[0], context, declared=declared)
+    return family_of_sizes(
+        location, config.get("in_channels", 4), widths[0], context, kind=kind, declared=kind
+    )
 
 
-def family_of_sizes(location: str, channels: int, width: int, context: int, *, declared: str | None) -> str:
-    """The family by the UNet's input channels, first width, text width; `declared` settles other sizes."""
+def family_of_sizes(
+    location: str, channels: int, width: int, context: int, *, kind: str, declared: str | None
+) -> str:
+    """The family by its layout and the UNet's input channels, first width and text width.
+
+    `kind` is the layout: "sd15" (which the embedded base shares), "sd2" or "sdxl"; `declared` is the family
+    that the model says it is of, which settles other sizes.
+    """
     if channels in _INPUTS:
-        raise UserError(_not_supported(location, f"{_INPUTS[channels]} ({channels} input channels)"))
-    if context == 1024:
-        raise UserError(_not_supported(location, "a Stable Diffusion 2.x checkpoint"))
-    for name in ("sd15", "embedded"):
+        raise UserError(not_supported(location, f"{_INPUTS[channels]} ({channels} input channels)"))
+    candidates = (kind, "embedded") if kind == "sd15" else (kind,)
+    for name in candidates:
         if (width, context) == _sizes(name):
             return name
-    if declared in ("sd15", "embedded"):
+    if declared is not None and declared in candidates:
         return declared
     raise UserError(
-        f"{location!r} has the layout of Stable Diffusion 1.x but other sizes (width {width}, text width "
+        f"{location!r} has the layout of {_NAMES[kind]} but other sizes (width {width}, text width "
         f"{context}) and does not say which; give the diffusers folder that it was made from"
     )
 
 
 def shipped_config(name: str, component: str) -> dict[str, Any]:
-    """A config that ships with the package: of "sd15", or of the embedded base from its folder."""
-    if name == "sd15":
-        file = CONFIGS / "sd15" / f"{component}.json"
+    """A config that ships with the package: of a published family, or from the embedded base's folder."""
+    if name != "embedded":
+        file = CONFIGS / name / f"{component}.json"
     else:
         stem = "scheduler_config" if component == "scheduler" else "config"
         file = embedded_folder() / component / f"{stem}.json"
@@ -146,5 +170,6 @@ def _sizes(name: str) -> tuple[int, int]:
     return config["block_out_channels"][0], config["cross_attention_dim"]
 
 
-def _not_supported(location: str, kind: str) -> str:
+def not_supported(location: str, kind: str) -> str:
+    """The sentence for a model of another kind."""
     return f"{location!r} is {kind}, which is not supported yet; {SUPPORTED}"

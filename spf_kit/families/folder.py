@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from spf_kit.errors import UserError
-from spf_kit.families.detect import PICKLES, SUPPORTED, family_of_unet
+from spf_kit.families.detect import PICKLES, SUPPORTED, family_of_unet, not_supported
 from spf_kit.families.ldm_keys import standard_name
-from spf_kit.families.sources import COMPONENTS, Place, Source, Weights
+from spf_kit.families.sources import Place, Source, Weights, components_of
 from spf_kit.headers import read_header
 
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -17,7 +17,7 @@ _VARIANTS = ("", ".fp16", ".bf16")  # the plain file first: it has the most digi
 
 
 def family_of_folder(folder: Path) -> str:
-    """The family ("sd15" or "embedded") of a diffusers folder. Raises UserError if it is not supported."""
+    """The family's name by a diffusers folder. Raises UserError if it is not supported."""
     where = str(folder)
     if (folder / "adapter_config.json").is_file():
         raise UserError(
@@ -25,6 +25,9 @@ def family_of_folder(folder: Path) -> str:
         )
     unet = folder / "unet" / "config.json"
     if unet.is_file():
+        index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+        if index.get("requires_aesthetics_score"):
+            raise UserError(not_supported(where, "an SDXL refiner"))
         return family_of_unet(where, read_json(unet))
     if (folder / "transformer" / "config.json").is_file() or (folder / "prior").is_dir():
         kind = read_json(folder / "model_index.json").get("_class_name", "another")
@@ -83,22 +86,25 @@ class FolderSource(Source):
     def __init__(self, folder: Path, *, location: str | None = None) -> None:
         self.folder, self.location = folder, location or str(folder)
         self.name = family_of_folder(folder)
-        for component in COMPONENTS:
+        components = components_of(self.name)
+        for component in components:
             if not (folder / component / "config.json").is_file():
                 raise UserError(f"{self.location!r} is not complete: it has no {component}/config.json")
-        self.configs = {component: read_json(folder / component / "config.json") for component in COMPONENTS}
+        self.configs = {component: read_json(folder / component / "config.json") for component in components}
         self.scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+        index = folder / "model_index.json"
+        self.pipeline_config = read_json(index) if index.is_file() else {}
 
     def weights(self, component: str) -> Weights:
         found = component_weights(self.folder / component)
         return {standard_name(component, name): place for name, place in found.items()}
 
-    def tokenizer(self) -> Any:
-        from spf_kit.families.tokenizer import clip_tokenizer, load_tokenizer
+    def tokenizer(self, component: str = "text_encoder") -> Any:
+        from spf_kit.families.tokenizer import clip_tokenizer, load_tokenizer, pad_of
 
-        folder = self.folder / "tokenizer"
-        if not folder.is_dir() and self.configs["text_encoder"].get("vocab_size") == 49408:
-            return clip_tokenizer()
+        folder = self.folder / component.replace("text_encoder", "tokenizer")
+        if not folder.is_dir() and self.configs[component].get("vocab_size") == 49408:
+            return clip_tokenizer(pad_of(self.name, component))
         try:
             return load_tokenizer(folder)
         except (OSError, ValueError) as error:

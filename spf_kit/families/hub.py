@@ -41,11 +41,11 @@ def download(model: str) -> Path:
 
     Raises UserError if that fails.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     skip = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     try:
-        folder = StableDiffusionPipeline.download(
+        folder = DiffusionPipeline.download(
             model, use_safetensors=True, local_files_only=not _reachable(), **skip
         )
     except Exception as error:

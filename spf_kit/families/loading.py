@@ -56,18 +56,20 @@ def empty_module(component: str, config: Mapping[str, Any]) -> nn.Module:
     """The component's module on the meta device: shapes and names, no memory."""
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with init_empty_weights(include_buffers=False):
         if component == "unet":
             return UNet2DConditionModel.from_config(dict(config))
         if component == "vae":
             return AutoencoderKL.from_config(dict(config))
-        return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+        text = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
+        return text(CLIPTextConfig.from_dict(dict(config)))
 
 
 def runtime_name(module: nn.Module, name: str) -> str:
-    """A name as files have it to the name in this module: transformers 5.6 dropped `text_model.`."""
+    """A name as files have it to the name in this module: transformers 5.6 dropped `text_model.` from the
+    encoder without a projection."""
     return name if hasattr(module, "text_model") else name.removeprefix(TEXT_LEVEL)
 
 

@@ -51,6 +51,8 @@ class NoiseProcess:
         """
         if "FlowMatch" in str(config.get("_class_name", "")):
             return cls("flow", num_train_timesteps=int(config.get("num_train_timesteps", 1000)))
+        if str(config.get("_class_name", "")).startswith("EDM"):
+            raise UserError(f"{source}: EDM's noise ({config['_class_name']}) is not supported")
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(

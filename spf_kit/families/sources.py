@@ -15,16 +15,25 @@ from spf_kit.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-COMPONENTS = ("unet", "vae", "text_encoder")
 SAMPLE = 1024  # values from each end and from the middle of a tensor that the fingerprint reads
+
+
+COMPONENTS = ("unet", "vae", "text_encoder")
+
+
+def components_of(family: str) -> tuple[str, ...]:
+    """The components that a model of this family has."""
+    return (*COMPONENTS, "text_encoder_2") if family == "sdxl" else COMPONENTS
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor lies."""
+    """Where one tensor lies, and how it comes out of what is stored."""
 
     file: Path
     key: str
+    third: int | None = None  # which third of the rows; OpenCLIP keeps q, k and v in one tensor
+    transposed: bool = False
 
 
 Weights = Mapping[str, Place]  # parameter names as diffusers and transformers write them into files
@@ -34,17 +43,18 @@ class Source(ABC):
     """A model on disk. Nothing but headers and configs is read until `read` is called."""
 
     location: str  # as the user gave it, for messages
-    name: str  # "sd15" or "embedded"
+    name: str  # "sd15", "sd2", "sdxl" or "embedded"
     configs: dict[str, dict[str, Any]]  # of the components
     scheduler_config: dict[str, Any]
+    pipeline_config: dict[str, Any]  # of `model_index.json`; empty for a file
 
     @abstractmethod
     def weights(self, component: str) -> Weights:
         """Where the component's tensors lie. Raises UserError if the model has no such component."""
 
     @abstractmethod
-    def tokenizer(self) -> Any:
-        """The CLIPTokenizer of the text encoder."""
+    def tokenizer(self, component: str = "text_encoder") -> Any:
+        """The CLIPTokenizer of a text encoder."""
 
 
 def read(weights: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -57,10 +67,21 @@ def read(weights: Weights) -> Iterator[tuple[str, Tensor]]:
             try:
                 if place.file not in files:
                     files[place.file] = stack.enter_context(safe_open(place.file, framework="pt"))
-                tensor = files[place.file].get_tensor(place.key)
+                tensor = _stored(files[place.file], place)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{str(place.file)!r} cannot be read at {place.key!r}: {error}") from error
             yield name, tensor
+
+
+def _stored(file: Any, place: Place) -> Tensor:
+    """The tensor of an open file, or its part."""
+    if place.third is None:
+        tensor: Tensor = file.get_tensor(place.key)
+        return tensor.T.contiguous() if place.transposed else tensor
+    rows = file.get_slice(place.key)
+    size = rows.get_shape()[0] // 3
+    part: Tensor = rows[place.third * size : (place.third + 1) * size]
+    return part
 
 
 def fingerprint(components: Mapping[str, Weights]) -> str:

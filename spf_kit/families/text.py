@@ -84,6 +84,25 @@ def hidden_states(text_encoder: Any, ids: Tensor, *, clip_skip: int) -> Tensor:
     return states.reshape(len(ids), -1, states.shape[-1])
 
 
+def penultimate(text_encoder: Any, ids: Tensor, *, clip_skip: int) -> tuple[Tensor, Tensor]:
+    """SDXL's reading of a text encoder: states of windows of ids (B, n, L) as (B, n L, D), and the encoder's
+    first output for each caption's first window: the projected embedding (B, P), if it has a projection.
+
+    `clip_skip` counts from the layer before the last, 1, as SDXL was trained; no final layer norm follows.
+    Raises UserError if the encoder has fewer layers.
+    """
+    layers = text_encoder.config.num_hidden_layers
+    if not 1 <= clip_skip < layers:
+        raise UserError(
+            f"clip_skip = {clip_skip} does not fit this text encoder: it has {layers} layers, and 1 is the "
+            "last but one"
+        )
+    flat = ids.flatten(0, 1).to(text_encoder.device)
+    outputs = text_encoder(flat, output_hidden_states=True)
+    states = outputs.hidden_states[-(clip_skip + 1)]
+    return states.reshape(len(ids), -1, states.shape[-1]), outputs[0][:: ids.shape[1]]
+
+
 def cut_words(tokenizer: Any, text: str, room: int) -> list[str]:
     """The words of `text` that do not fit into `room` tokens, from the first that does not fit whole."""
     if len(token_ids(tokenizer, text)) <= room:

@@ -12,15 +12,22 @@ from typing import Any
 VOCABULARY = Path(__file__).parent / "clip_vocab" / "bpe_simple_vocab_16e6.txt.gz"
 WINDOW = 77  # tokens of one window, the begin and the end token included
 _MERGES = 49152 - 256 - 2  # of the file's merges, as many as CLIP uses
-SHIPPED = "clip"
+END = "<|endoftext|>"  # pads for OpenAI's CLIP
+OPEN_CLIP_PAD = "!"  # token 0, pads for OpenCLIP (Stable Diffusion 2.x, SDXL's second text encoder)
+SHIPPED = {"clip": END, "open_clip": OPEN_CLIP_PAD}  # names in metadata
 
 
-def clip_tokenizer() -> Any:
-    """CLIP's own tokenizer (that of Stable Diffusion 1.x), without a download."""
+def clip_tokenizer(pad: str = END) -> Any:
+    """CLIP's own tokenizer (that of Stable Diffusion), without a download."""
     from transformers import CLIPTokenizer
 
     vocabulary, merges = _clip_vocabulary()
-    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=WINDOW)
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=WINDOW, pad_token=pad)
+
+
+def pad_of(family: str, component: str) -> str:
+    """What pads a text encoder's windows, where no tokenizer of its own says so."""
+    return OPEN_CLIP_PAD if family == "sd2" or component == "text_encoder_2" else END
 
 
 @cache
@@ -34,7 +41,7 @@ def _clip_vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
         *(f"{letter}</w>" for letter in letters),
         *(first + second for first, second in merges),
     ]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokens += ["<|startoftext|>", END]
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
@@ -58,8 +65,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 def pack(tokenizer: Any) -> str:
     """A tokenizer as text for a file's metadata: a name for CLIP's own, else its files as JSON."""
-    if tokenizer.get_vocab() == _clip_vocabulary()[0]:
-        return SHIPPED
+    names = [name for name, pad in SHIPPED.items() if pad == tokenizer.pad_token]
+    if names and tokenizer.get_vocab() == _clip_vocabulary()[0]:
+        return names[0]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return json.dumps({file.name: file.read_text("utf-8") for file in sorted(Path(folder).iterdir())})
@@ -67,8 +75,8 @@ def pack(tokenizer: Any) -> str:
 
 def unpack(packed: str) -> Any:
     """The inverse of `pack`. Raises ValueError if the text is damaged."""
-    if packed == SHIPPED:
-        return clip_tokenizer()
+    if packed in SHIPPED:
+        return clip_tokenizer(SHIPPED[packed])
     files = json.loads(packed)
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():

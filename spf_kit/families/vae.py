@@ -12,7 +12,7 @@ from spf_kit.families.folder import component_weights, read_json
 from spf_kit.families.sources import Place, Source, Weights
 from spf_kit.headers import read_header
 
-_LDM = ldm_keys.PREFIXES["vae"]
+_LDM = ldm_keys.PREFIXES["vae"][0]
 
 
 class VaeSource(Source):
@@ -20,6 +20,7 @@ class VaeSource(Source):
 
     name = "VAE"
     scheduler_config: dict[str, Any] = {}
+    pipeline_config: dict[str, Any] = {}
 
     def __init__(self, path: Path, base_config: dict[str, Any]) -> None:
         self.path, self.location = path, str(path)
@@ -36,7 +37,7 @@ class VaeSource(Source):
         found = component_weights(self.path) if self.path.is_dir() else self._file_weights()
         return {ldm_keys.standard_name("vae", name): place for name, place in found.items()}
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, component: str = "text_encoder") -> Any:
         raise RuntimeError("a VAE has no tokenizer")
 
     def _file_weights(self) -> Weights:
@@ -51,3 +52,14 @@ class VaeSource(Source):
             return {key: Place(self.path, key) for key in names}  # diffusers' own names
         translate = ldm_keys.key_map("vae", self.configs["vae"])
         return {translate.to_diffusers(name) or key: Place(self.path, key) for key, name in names.items()}
+
+
+def widen_inputs(vae: Any) -> None:
+    """Let a VAE that is held in float32 take half-precision latents and pictures, as pipelines give them."""
+
+    def widen(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return inputs[0].to(vae.dtype), *inputs[1:]
+
+    for part in (vae.encoder, vae.decoder, vae.post_quant_conv):
+        if part is not None:
+            part.register_forward_pre_hook(widen)

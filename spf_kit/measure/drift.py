@@ -102,7 +102,7 @@ class Probe:
         """The model's prediction for every picture and level, (N * T, C, h, w), always in the same batches:
         sums of floating-point numbers depend on the batch, and a zero adapter must score exactly 0."""
         family = self.family
-        with evaluating(family.unet, family.text_encoder):
+        with evaluating(*family.components().values()):
             conditions = [
                 family.encode_text(
                     self.prompts[n : n + self.batch_size], clip_skip=self.clip_skip, chunks=self.chunks

@@ -183,8 +183,7 @@ def _prepare(
     Args:
         used: fingerprints of the CLIP pairs that may not judge.
     """
-    if family.text_encoder is None or family.vae is None:
-        family.reload_encoders()
+    family.reload_encoders()
     texts = prompts_of(family, config, captions)
     unique = [fit(derive(text, attribute.target), family.count_tokens, WINDOW * chunks) for text in texts]
     cases = [unique[n % len(unique)] for n in range(config.count)]

@@ -127,11 +127,13 @@ def account(config: Config, family: Family, needs: Needs | None = None) -> Accou
     texts_change = "text-encoder" in config.adapter.targets or data.shuffle_tags
     # kept for previews: one loaded anew would lack what an earlier LoRA changes in it
     texts_change = texts_change or any(component != "unet" for (component, _), _ in earlier)
-    if family.text_encoder is not None and texts_change:
+    if texts_change:
         kind = "adapted" if "text-encoder" in config.adapter.targets else "frozen"
-        items.append(Item("text encoder", module_bytes(family.text_encoder), f"{kind}, {config.base.dtype}"))
+        for name, encoder in family.text_encoders().items():
+            items.append(Item(name.replace("_", " "), module_bytes(encoder), f"{kind}, {config.base.dtype}"))
     if family.vae is not None and (data.cache == "none" or (needs and "vae" in needs.decode)):
-        items.append(Item("VAE", module_bytes(family.vae), f"frozen, {config.base.dtype}"))
+        dtype = str(family.vae.dtype).removeprefix("torch.")  # SDXL's is wider than the rest
+        items.append(Item("VAE", module_bytes(family.vae), f"frozen, {dtype}"))
     if needs and needs.clip and (folder := folder_of(family, config.clip.model)):
         items.append(Item("CLIP pair", clip_bytes(folder), "frozen, float32"))
     layers = ", ".join(config.adapter.targets)

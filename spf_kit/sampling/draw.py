@@ -22,7 +22,7 @@ from spf_kit.sampling.png_info import PictureInfo
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from spf_kit.families.base import Family
+    from spf_kit.families.base import Condition, Family
 
 Progress = Callable[[int, int, str], None]  # done, total, text
 SLICED_ABOVE = 256 * 256  # pixels: beyond it the VAE decodes one by one, or it would need most of the memory
@@ -100,12 +100,11 @@ def draw(
     for name, side in (("width", width), ("height", height)):
         if side is not None and (side < 8 or side % 8):
             raise UserError(f"the {name} must be a multiple of 8 pixels, not {side}")
-    if family.text_encoder is None or family.vae is None:
-        family.reload_encoders()
-
+    family.reload_encoders()
     pipeline = family.pipeline(scheduler)
     guided = cfg > 1  # diffusers' own rule
-    encoded = encode(family, [*prompts, *[negative] * guided], clip_skip=clip_skip, chunks=chunks)
+    encoded = encode(family, prompts, clip_skip=clip_skip, chunks=chunks)
+    against = encode_negative(family, negative, clip_skip=clip_skip, chunks=chunks) if guided else None
     beside = lanes(family.unet)
     batches = split(len(prompts), batch_size, beside)
     reporter = _Reporter(progress, batches)
@@ -114,9 +113,9 @@ def draw(
         """One batch, through a pipeline of its own: schedulers keep state."""
         own = pipeline if beside == 1 else family.pipeline(scheduler)
         own.set_progress_bar_config(disable=True)
+        asked = stacked([encoded[prompts[i]] for i in batch])
         result = own(
-            prompt_embeds=torch.stack([encoded[prompts[i]] for i in batch]),
-            negative_prompt_embeds=torch.stack([encoded[negative]] * len(batch)) if guided else None,
+            **family.prompt_arguments(asked, stacked([against] * len(batch)) if against else None),
             generator=[torch.Generator("cpu").manual_seed(int(seeds[i])) for i in batch],
             num_inference_steps=steps,
             guidance_scale=cfg,
@@ -140,16 +139,32 @@ def draw(
 @torch.no_grad()
 def encode(
     family: Family, texts: Sequence[str], *, clip_skip: int = 1, chunks: int = 1, batch_size: int = 32
-) -> dict[str, Tensor]:
-    """Text features (L, D) of each different text, encoded once, with dropout off."""
+) -> dict[str, Condition]:
+    """The condition of each different text, without the batch's axis, encoded once, with dropout off."""
     unique = list(dict.fromkeys(texts))
-    encoded: dict[str, Tensor] = {}
-    with evaluating(family.text_encoder):
+    encoded: dict[str, Condition] = {}
+    with evaluating(*family.text_encoders().values()):
         for start in range(0, len(unique), batch_size):
             batch = unique[start : start + batch_size]
             condition = family.encode_text(batch, clip_skip=clip_skip, chunks=chunks)
-            encoded.update(zip(batch, condition["encoder_hidden_states"], strict=True))
+            encoded |= {text: _row(condition, i) for i, text in enumerate(batch)}
     return encoded
+
+
+@torch.no_grad()
+def encode_negative(family: Family, text: str, *, clip_skip: int = 1, chunks: int = 1) -> Condition:
+    """The condition of guidance's other half, without the batch's axis, with dropout off."""
+    with evaluating(*family.text_encoders().values()):
+        return _row(family.encode_negative(text, clip_skip=clip_skip, chunks=chunks), 0)
+
+
+def _row(condition: Condition, number: int) -> Condition:
+    return {name: value[number] for name, value in condition.items()}
+
+
+def stacked(rows: Sequence[Condition]) -> Condition:
+    """Conditions without the batch's axis as one batch."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class _Reporter:

@@ -49,6 +49,7 @@ class _Rows:
     full: Sequence[str]  # c_full
     noisy_latents: Tensor  # (n, C, h, w)
     timesteps: Tensor  # (n,)
+    framing: Tensor  # (n, 6)
     target: Tensor  # (n, C, h, w)
     base_plain: Tensor  # (n, C, h, w)
     base_full: Tensor  # (n, C, h, w)
@@ -75,8 +76,9 @@ class Probe:
         parts = []
         with evaluating(*self.model.family.components().values()):
             for rows in self.batches:
-                plain = self.model.predict(rows.noisy_latents, rows.timesteps, rows.plain)
-                full = self.model.predict(rows.noisy_latents, rows.timesteps, rows.full)
+                at = rows.noisy_latents, rows.timesteps
+                plain = self.model.predict(*at, rows.plain, rows.framing)
+                full = self.model.predict(*at, rows.full, rows.framing)
                 parts.append(_compare(rows, plain, full))
         levels, drift_plain, drift_target, error, base_error = (torch.cat(column) for column in zip(*parts))
         totals = torch.zeros(2, len(LEVELS), dtype=torch.float64)
@@ -96,9 +98,11 @@ class Probe:
         timesteps = family.noise.sample_timesteps(uniform)
         noisy = family.noise.add_noise(latents, noise, timesteps)
         plain, full = [caption.base for caption in captions], [caption.full for caption in captions]
+        framing = torch.tensor([dataset.still_framing(entry) for _, entry in batch])
         return _Rows(
-            levels, plain, full, noisy, timesteps, family.noise.target(latents, noise, timesteps),
-            self.model.predict(noisy, timesteps, plain), self.model.predict(noisy, timesteps, full),
+            levels, plain, full, noisy, timesteps, framing, family.noise.target(latents, noise, timesteps),
+            self.model.predict(noisy, timesteps, plain, framing),
+            self.model.predict(noisy, timesteps, full, framing),
         )  # fmt: skip
 
 

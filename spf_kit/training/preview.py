@@ -54,7 +54,7 @@ class Preview:
         bases = list(self.prompts[: settings.count])
         full = [f"{base}, {target}" if base else target for base in bases]
         seeds = [settings.seed + i for i in range(len(bases))]
-        freed = [name for name in ("vae", "text_encoder") if getattr(self.family, name) is None]
+        freed = self.family.freed
         try:
             pictures = generate(
                 self.family, [*full, *bases], [*seeds, *seeds], steps=settings.steps, cfg=settings.cfg,
@@ -64,8 +64,7 @@ class Preview:
             captions = [derive(base, target) for base in bases]
             lit = overlays(self.model, self.masks, self.config, pictures[: len(bases)], captions, seeds)
         finally:
-            for name in freed:
-                setattr(self.family, name, None)
+            self.family.free_encoders(freed)
         drawn = to_pil(pictures)
         picture = sheet(
             [drawn[: len(bases)], drawn[len(bases) :], *(to_pil(row) for row in lit.values())],

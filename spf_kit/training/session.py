@@ -142,7 +142,7 @@ def open_session(
     handle = AdapterHandle.inject(family, config.adapter, seed=config.train.seed)
     encode = _text(config, family, dataset, prior_data, report, keep=earlier.change_text)
     if not ("vae" in needs.decode or any(d.needs_image_encoder for d in (dataset, prior_data) if d)):
-        family.vae = None
+        family.free_encoders(["vae"])
     _training_mode(config, family)
 
     model = Model(
@@ -211,10 +211,10 @@ def _text(
     *,
     keep: bool,
 ) -> Callable[[Sequence[str]], Condition]:
-    """Embeddings computed once, and the text encoder freed, unless it is trained or texts are countless.
+    """Embeddings computed once, and the text encoders freed, unless trained or texts are countless.
 
     Args:
-        keep: do not free it: previews would load it anew, without the earlier LoRAs that change it.
+        keep: do not free them: previews would load them anew, without the earlier LoRAs that change them.
     """
     encode = functools.partial(family.encode_text, clip_skip=config.base.clip_skip, chunks=config.data.chunks)
     texts = dataset.texts()
@@ -224,7 +224,7 @@ def _text(
     tell = phase(report, "encoding captions")
     cache = TextCache(encode, texts, family.device, lambda done, total: tell(done, total, ""))
     if not keep:
-        family.text_encoder = None
+        family.free_encoders(family.text_components)
     return cache
 
 
@@ -235,21 +235,22 @@ def trains_text(config: Config) -> bool:
 def _training_mode(config: Config, family: Family) -> None:
     """Dropout of the adapter and gradient checkpointing act in train mode only."""
     family.unet.train()
-    if trains_text(config):
-        family.text_encoder.train()
+    encoders = family.text_encoders().values() if trains_text(config) else ()
+    for encoder in encoders:
+        encoder.train()
     if config.train.gradient_checkpointing:
         # non-reentrant, so that layers get gradients although their inputs, the frozen embeddings, need none
         family.unet.enable_gradient_checkpointing()
-        if trains_text(config):
-            _text_checkpointing(family.text_encoder, "enable", {"use_reentrant": False})
+        for encoder in encoders:
+            _text_checkpointing(encoder, "enable", {"use_reentrant": False})
 
 
 def evaluation_mode(config: Config, family: Family) -> None:
     """The inverse: the family as it was loaded."""
     if config.train.gradient_checkpointing:
         family.unet.disable_gradient_checkpointing()
-        if trains_text(config):
-            _text_checkpointing(family.text_encoder, "disable")
+        for encoder in family.text_encoders().values() if trains_text(config) else ():
+            _text_checkpointing(encoder, "disable")
     for module in family.modules():
         module.eval()
 

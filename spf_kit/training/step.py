@@ -53,20 +53,28 @@ class Model:
     spans: Callable[[Caption], Spans] | None = None  # where a caption's parts stand
     tools: Tools = field(default_factory=Tools)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, texts: Sequence[str]) -> Tensor:
-        """(B, C, h, w) in float32, whatever precision computed it: losses subtract nearly equal numbers."""
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, texts: Sequence[str], framing: Tensor | None = None
+    ) -> Tensor:
+        """(B, C, h, w) in float32, whatever precision computed it: losses subtract nearly equal numbers.
+
+        `framing` says how the pictures were cut, (B, 6); None takes them for whole.
+        """
         with self.autocast():
-            return self.family.predict(noisy, timesteps, self.encode(texts)).float()
+            return self.family.predict(noisy, timesteps, self._condition(texts, framing)).float()
+
+    def _condition(self, texts: Sequence[str], framing: Tensor | None) -> Condition:
+        condition = self.encode(texts)
+        return condition if framing is None else {**condition, "framing": framing}
 
     def run(self, batch: Noised, texts: Sequence[str], patterns: Sequence[str]) -> ModelPass:
         """One pass, with the attention of the layers that the patterns mean."""
         if not patterns:
-            return ModelPass(self.predict(batch.noisy_latents, batch.timesteps, texts))
+            return ModelPass(self.predict(batch.noisy_latents, batch.timesteps, texts, batch.framing))
         layers = [n for n, factor in self.family.attention_layers().items() if matches(n, factor, patterns)]
         with self.autocast():
-            prediction, attention = self.family.probe(
-                batch.noisy_latents, batch.timesteps, self.encode(texts), layers
-            )
+            condition = self._condition(texts, batch.framing)
+            prediction, attention = self.family.probe(batch.noisy_latents, batch.timesteps, condition, layers)
         return ModelPass(prediction.float(), attention)
 
     @functools.cached_property
@@ -126,6 +134,7 @@ class Noised:
     target: Tensor
     path: Tensor  # see `Draws`
     masks: Tensor | None = None  # (B, 1, h, w), of mask pictures
+    framing: Tensor | None = None  # (B, 6), how the pictures were cut
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ def noised(
     noisy = process.add_noise(latents, noise, timesteps)
     masks = None if batch.masks is None else batch.masks.to(device)
     target = process.target(latents, noise, timesteps)
-    return Noised(latents, noise, noisy, timesteps, target, draws.path, masks)
+    return Noised(latents, noise, noisy, timesteps, target, draws.path, masks, batch.framing)
 
 
 def run_step(
@@ -284,7 +293,8 @@ def _by_path(whole: Step, rows: Mapping[Path, list[int]], masks: dict[str, Tenso
 
 
 def _run_prior(model: Model, batch: Noised, pictures: Batch) -> PriorBatch:
-    prediction = model.predict(batch.noisy_latents, batch.timesteps, _texts("base", pictures.captions))
+    texts = _texts("base", pictures.captions)
+    prediction = model.predict(batch.noisy_latents, batch.timesteps, texts, batch.framing)
     return PriorBatch(prediction, batch.target, batch.timesteps)
 
 

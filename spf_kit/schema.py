@@ -77,7 +77,12 @@ class Data(Section):
 class Adapter(Section):
     """What is trained."""
 
-    rank: int = Field(8, ge=1, le=1024, description="inner dimension of the update")
+    kind: Literal["lora", "loha", "lokr", "oft"] = Field(
+        "lora", description="of update: product, Hadamard product, Kronecker product, rotation of the outputs"
+    )
+    rank: int = Field(
+        8, ge=1, le=1024, description="inner dimension of the update; of OFT the largest size of a block"
+    )
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default: rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the input of the update")
     targets: list[TargetGroup] = Field(
@@ -85,6 +90,13 @@ class Adapter(Section):
     )
     dora: bool = Field(False, description="weight-decomposed update (DoRA)")
     rank_stabilized: bool = Field(False, description="scale by alpha / sqrt(rank)")
+    factor: int = Field(
+        -1, ge=-1, description="LoKr: size of the smaller factor; -1: as near to the larger one as can be"
+    )
+    decompose_both: bool = Field(False, description="LoKr: give the smaller factor a rank too")
+    constraint: float = Field(
+        0.0, ge=0, description="OFT: how far the blocks of a layer may turn together (peft's eps); 0: freely"
+    )
     start_from: str | None = Field(None, description="a LoRA file to go on from")
     on: list[str] = Field(
         [], description="earlier LoRAs, FILE or FILE:0.8, that act, frozen, under the new one"

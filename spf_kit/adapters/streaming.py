@@ -64,11 +64,7 @@ def merged(weight: Tensor, changes: Sequence[Change], path: Path, name: str) -> 
         )
     total = weight.to(torch.float32, copy=True)
     for indexed, factor in changes:
-        layer = load_layer(indexed)
-        if layer.dora_scale is None:
-            layer.add_to(total, factor)
-        else:
-            total += factor * layer.delta(weight)
+        load_layer(indexed).add_to(total, factor, weight)
     return total
 
 

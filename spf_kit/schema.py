@@ -6,7 +6,7 @@ entries are checked against the plugins' own fields, which this module does not 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -83,7 +83,12 @@ class Adapter(Section):
     rank: int = Field(
         8, ge=1, le=1024, description="inner dimension of the update; of OFT the largest size of a block"
     )
+    ranks: dict[str, Annotated[int, Field(ge=0, le=1024)]] = Field(
+        {},
+        description="of some layers: 'mid', 'up.1', 'convolutions', '*.to_k'; the last one counts, 0 is none",
+    )
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default: rank")
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="of some layers, as `ranks`")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the input of the update")
     targets: list[TargetGroup] = Field(
         ["cross-attention"], min_length=1, description="layers that get an update"
@@ -112,6 +117,9 @@ class Train(Section):
     gradient_accumulation: int = Field(1, ge=1, description="passes in one optimizer step")
     learning_rate: float = Field(1e-4, ge=0, description="of the UNet's update")
     text_encoder_learning_rate: float | None = Field(None, ge=0, description="default: learning_rate / 2")
+    learning_rates: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="of some of the adapter's layers, named as in adapter.ranks"
+    )
     optimizer: str = Field("adamw", description="adamw, adamw8bit, lion8bit, adafactor, prodigy, ...")
     optimizer_args: dict[str, Any] = Field({}, description="passed on to the optimizer")
     schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="of the learning rate")

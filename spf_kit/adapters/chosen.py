@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from spf_kit.adapters.blocks import assign
 from spf_kit.adapters.index import LayerKey
 from spf_kit.adapters.spec import Spec
+from spf_kit.errors import UserError
 
 if TYPE_CHECKING:
     from spf_kit.families.base import Family
@@ -14,13 +16,27 @@ if TYPE_CHECKING:
 
 
 def chosen(family: Family, cfg: Adapter) -> dict[LayerKey, Spec]:
-    """The layers by component and module at run time.
+    """The layers by component and module at run time. A rank of 0 leaves a layer out.
 
-    Raises UserError for an unknown target.
+    Raises UserError for an unknown target, a pattern that means no layer, or if no layer is left.
     """
-    spec = _spec(cfg, cfg.rank, cfg.alpha)
     modules = family.adapter_modules(cfg.targets)
-    return {(component, module): spec for component, names in modules.items() for module in names}
+    files = {
+        (component, family.file_module_name(component, module)): (component, module)
+        for component, names in modules.items()
+        for module in names
+    }
+    ranks = assign(cfg.ranks, files, "adapter.ranks")
+    alphas = assign(cfg.alphas, files, "adapter.alphas")
+    found = {}
+    for layer, place in files.items():
+        _, rank = ranks.get(layer, ("", cfg.rank))
+        _, alpha = alphas.get(layer, ("", cfg.alpha))
+        if rank:
+            found[place] = _spec(cfg, rank, alpha)
+    if not found:
+        raise UserError("adapter.ranks leaves no layer to train: give some of them a rank above 0")
+    return found
 
 
 def _spec(cfg: Adapter, rank: int, alpha: float | None) -> Spec:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spf_kit.adapters import files
+from spf_kit.adapters.blocks import assign
 from spf_kit.adapters.chosen import chosen
 from spf_kit.adapters.fit import fit
 from spf_kit.adapters.index import LayerKey
@@ -118,6 +119,20 @@ class AdapterHandle:
     def parameters(self, component: str | None = None) -> list[nn.Parameter]:
         """All parameters, or those on one component ("unet", "text_encoder")."""
         return [parameter for _, parameter in self.named_parameters(component)]
+
+    def groups(self, patterns: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:
+        """The parameters by learning rate: those of each component, apart from those that a pattern means,
+        which are called `<component> <pattern>`.
+
+        Raises UserError for a pattern of `train.learning_rates` that means no layer.
+        """
+        layers = {(key[0], self._file_keys[key].partition(".")[2]): key for key in self._layers}
+        own = assign(patterns, layers, "train.learning_rates")
+        found: dict[str, list[nn.Parameter]] = {}
+        for layer, key in layers.items():
+            name = f"{key[0]} {own[layer][0]}" if layer in own else key[0]
+            found.setdefault(name, []).extend(self._layers[key].parts().values())
+        return found
 
     def update_norms(self) -> Tensor:
         """The squared Frobenius norm of each layer's difference of weights, (layers,). Gradients flow."""

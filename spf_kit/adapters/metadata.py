@@ -114,7 +114,8 @@ def _about_network(config: Config) -> dict[str, Any]:
         alpha *= math.sqrt(adapter.rank)  # as in the file, where alpha / rank is the scale
     arguments: dict[str, Any] = {}
     if "convolutions" in adapter.targets:
-        arguments |= {"conv_dim": adapter.rank, "conv_alpha": alpha}
+        rank = adapter.ranks.get("convolutions", adapter.rank)
+        arguments |= {"conv_dim": rank, "conv_alpha": adapter.alphas.get("convolutions", alpha)}
     if adapter.dora:  # kohya's own module has no DoRA, LyCORIS' has
         arguments |= {"algo": "locon", "dora_wd": True, "wd_on_output": True}
     if adapter.kind != "lora":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Origins = Mapping[str, Origin]
 _OF_KINDS = {
     "alpha": ("lora", "loha", "lokr"),
+    "alphas": ("lora", "loha", "lokr"),
     "rank_stabilized": ("lora", "loha", "lokr"),
     "factor": ("lokr",),
     "decompose_both": ("lokr",),
@@ -44,7 +45,8 @@ def check_sections(
         if train.text_encoder_learning_rate is None
         else train.text_encoder_learning_rate
     )
-    if train.learning_rate == 0 and not ("text-encoder" in config.adapter.targets and text_rate > 0):
+    rates = [text_rate if "text-encoder" in config.adapter.targets else 0.0, *train.learning_rates.values()]
+    if train.learning_rate == 0 and not any(rates):
         problems.add(
             origins["train.learning_rate"], "train.learning_rate = 0: nothing would be trained; 1e-4 is usual"
         )

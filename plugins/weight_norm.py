@@ -9,12 +9,13 @@ from spf_kit.losses import Field, Loss, Needs, Step, Tensor, model_validator, re
 
 @register("weight_norm")
 class WeightNorm(Loss):
-    """L_norm = sum over adapted layers l of |alpha / r * up_l down_l|_F^2, the same for each sample: (B,).
+    """L_norm = sum over adapted layers l of |W'_l - W_l|_F^2, the same for each sample: (B,).
 
-    up (outputs, r) and down (r, inputs) are a layer's factors, so that the norm is that of the change of its
-    weights, not of the factors: weight decay in the place where it means something for a LoRA. Zero for a new
-    adapter. It knows nothing of pictures: a smaller update of everything, the plainest way to less pollution
-    (and less response). `mean` divides by the number of layers, so that weights suit adapters of any size.
+    W' is the weight with the adapter. For LoRA that is |alpha / r * up_l down_l|_F^2 with the factors up
+    (outputs, r) and down (r, inputs). The norm is that of the change of the weights, not of the factors:
+    weight decay in the place where it means something. Zero for a new adapter. It knows nothing of pictures:
+    a smaller update of everything, the plainest way to less pollution (and less response). `mean` divides by
+    the number of layers, so that weights suit adapters of any size.
 
     Costs no pass. The magnitudes of DoRA are left out.
 

@@ -135,7 +135,7 @@ class Step:
         return self._declared("decode", self.tools.decode)(latents, decoder)
 
     def update_norms(self) -> Tensor:
-        """|alpha / rank * up @ down|_F^2 of each adapted layer, (layers,), differentiable (`weights`)."""
+        """|W' - W|_F^2 of each adapted layer, (layers,), differentiable (`weights`)."""
         return self._declared("update_norms", self.tools.update_norms)()
 
     def run(self, name: PassName) -> ModelPass:

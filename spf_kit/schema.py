@@ -6,7 +6,7 @@ entries are checked against the plugins' own fields, which this module does not 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -83,14 +83,31 @@ class Data(Section):
 class Adapter(Section):
     """What is trained."""
 
-    rank: int = Field(8, ge=1, le=1024, description="inner dimension of the update")
+    kind: Literal["lora", "loha", "lokr", "oft"] = Field(
+        "lora", description="of update: product, Hadamard product, Kronecker product, rotation of the outputs"
+    )
+    rank: int = Field(
+        8, ge=1, le=1024, description="inner dimension of the update; of OFT the largest size of a block"
+    )
+    ranks: dict[str, Annotated[int, Field(ge=0, le=1024)]] = Field(
+        {},
+        description="of some layers: 'mid', 'up.1', 'convolutions', '*.to_k'; the last one counts, 0 is none",
+    )
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default: rank")
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="of some layers, as `ranks`")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the input of the update")
     targets: list[TargetGroup] = Field(
         ["cross-attention"], min_length=1, description="layers that get an update"
     )
     dora: bool = Field(False, description="weight-decomposed update (DoRA)")
     rank_stabilized: bool = Field(False, description="scale by alpha / sqrt(rank)")
+    factor: int = Field(
+        -1, ge=-1, description="LoKr: size of the smaller factor; -1: as near to the larger one as can be"
+    )
+    decompose_both: bool = Field(False, description="LoKr: give the smaller factor a rank too")
+    constraint: float = Field(
+        0.0, ge=0, description="OFT: how far the blocks of a layer may turn together (peft's eps); 0: freely"
+    )
     start_from: str | None = Field(None, description="a LoRA file to go on from")
     on: list[str] = Field(
         [], description="earlier LoRAs, FILE or FILE:0.8, that act, frozen, under the new one"
@@ -106,6 +123,9 @@ class Train(Section):
     gradient_accumulation: int = Field(1, ge=1, description="passes in one optimizer step")
     learning_rate: float = Field(1e-4, ge=0, description="of the UNet's update")
     text_encoder_learning_rate: float | None = Field(None, ge=0, description="default: learning_rate / 2")
+    learning_rates: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="of some of the adapter's layers, named as in adapter.ranks"
+    )
     optimizer: str = Field("adamw", description="adamw, adamw8bit, lion8bit, adafactor, prodigy, ...")
     optimizer_args: dict[str, Any] = Field({}, description="passed on to the optimizer")
     schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="of the learning rate")

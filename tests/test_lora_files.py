@@ -413,9 +413,9 @@ P = "lora_unet_mid_block_attentions_0_proj_in"
         ({f"{P}.lora_down.weight": torch.full((4, 8), -math.inf)}, "NaN or infinite"),
         ({f"{P}.dora_scale": torch.ones(7, 1)}, r"DoRA magnitudes of shape \[7, 1\] for a weight \[8, 8\]"),
         ({"something.else": torch.ones(1)}, "1 tensors that are no part of a LoRA: 'something.else'"),
-        ({f"{P}.hada_w1_a": torch.ones(1)}, "is a LoHa"),
-        ({f"{P}.lokr_w1": torch.ones(1)}, "is a LoKr"),
-        ({f"{P}.oft_blocks": torch.ones(1)}, "is an OFT"),
+        ({f"{P}.hada_w1_a": torch.ones(1)}, "mixes the parts of LoHa and LoRA"),
+        ({f"{P}.lokr_w1": torch.ones(1)}, "mixes the parts of LoKr and LoRA"),
+        ({f"{P}.oft_blocks": torch.ones(1)}, "mixes the parts of LoRA and OFT"),
         ({f"{P}.diff": torch.ones(1)}, "is a full difference of weights"),
         (
             {"unet.mid_block.attentions.0.proj_out.lora_A.weight": torch.ones(4, 8)},

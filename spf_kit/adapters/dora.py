@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from spf_kit.adapters.layers import dora_factor
+from spf_kit.adapters.update import dora_factor
 
 
 class AdditiveDora(LoraVariant):
@@ -43,6 +43,7 @@ class AdditiveDora(LoraVariant):
             factor = _along_channels(factor, result)
             # W x is the result itself, unless dropout or another adapter has changed it
             first = next(name for name in module.active_adapters if name in module.lora_A) == active_adapter
+            first = first and module.base_layer is base  # no adapter of another kind below
             plain = result if first and isinstance(dropout, nn.Identity) else base(x.to(base.weight.dtype))
             difference = (factor - 1) * _without_bias(plain, base)
             difference = difference + factor * self._update(module, active_adapter, x)

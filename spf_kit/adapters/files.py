@@ -6,16 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from spf_kit.adapters import formats
 from spf_kit.adapters.fit import check_family, fit
 from spf_kit.adapters.guess import guess_family
-from spf_kit.adapters.index import PEFT_CONFIG, PEFT_WEIGHTS, LayerKey, index, kind_of
+from spf_kit.adapters.index import PEFT_CONFIG, PEFT_WEIGHTS, LayerKey, index
 from spf_kit.adapters.keys import Format, UNetNames
-from spf_kit.adapters.layers import LoraLayer, load_layer
+from spf_kit.adapters.layers import LoraLayer, Update, load_layer
+from spf_kit.adapters.parts import kind_of
 from spf_kit.adapters.tensors import kohya_hashes, parse_dtype, write_tensors
 from spf_kit.errors import UserError
 from spf_kit.files import atomic
@@ -31,15 +31,15 @@ class LoraFile:
     checkpoints: text encoders' begin with `text_model.`.
     """
 
-    layers: dict[LayerKey, LoraLayer]
+    layers: dict[LayerKey, Update]
     metadata: dict[str, str] = field(default_factory=dict)
     format: Format = "kohya"
     path: Path | None = None
     unet_names: UNetNames | None = None  # how kohya's format spells the UNet's layers; None: by the family
 
     @property
-    def kind(self) -> Literal["lora", "locon", "dora"]:
-        return kind_of((layer.shape, layer.dora_axis) for layer in self.layers.values())  # type: ignore[return-value]
+    def kind(self) -> str:
+        return kind_of([(layer.kind, layer.shape, layer.dora_axis) for layer in self.layers.values()])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,7 +61,7 @@ class LoraFile:
 
 
 def read(path: str | Path) -> LoraFile:
-    """Read a .safetensors file of kohya or diffusers, or a peft folder. Tensors keep their types.
+    """Read a .safetensors file of kohya, LyCORIS or diffusers, or a peft folder. Tensors keep their types.
 
     Raises UserError, one sentence, if anything is wrong: missing, not safetensors, truncated, damaged,
     tensors that are no part of a LoRA, half a pair, shapes that do not fit, NaN or infinite values.
@@ -89,6 +89,7 @@ def write(
         raise UserError(f"the LoRA file {str(path)!r} must end in .safetensors: loaders choose by that")
     if not lora.layers:
         raise UserError(f"there is nothing to write to {str(path)!r}: the LoRA has no layers")
+    expected: Mapping[LayerKey, Update]
     with atomic(path, folder=format == "peft") as temporary:
         if format == "peft":
             expected = _write_peft(lora, temporary, kept)
@@ -110,11 +111,14 @@ def _unet_names(lora: LoraFile) -> UNetNames:
     return "sai" if guess_family(lora.layers, lora.metadata) == "sdxl" else "diffusers"
 
 
-def _folded(lora: LoraFile, dtype: torch.dtype) -> dict[LayerKey, LoraLayer]:
-    return {key: formats.fold_scale(layer, dtype) for key, layer in lora.layers.items()}
+def _folded(lora: LoraFile, dtype: torch.dtype) -> dict[LayerKey, Update]:
+    return {
+        key: formats.fold_scale(formats.lora_only(layer, "diffusers"), dtype)
+        for key, layer in lora.layers.items()
+    }
 
 
-def _write_peft(lora: LoraFile, folder: Path, dtype: torch.dtype) -> Mapping[LayerKey, LoraLayer]:
+def _write_peft(lora: LoraFile, folder: Path, dtype: torch.dtype) -> Mapping[LayerKey, Update]:
     """One component lies in the folder itself, several each in one of its name."""
     parts = formats.to_peft(lora.layers, dtype)
     for component, part in parts.items():
@@ -127,7 +131,7 @@ def _write_peft(lora: LoraFile, folder: Path, dtype: torch.dtype) -> Mapping[Lay
     return lora.layers
 
 
-def _verify(path: Path, expected: Mapping[LayerKey, LoraLayer], dtype: torch.dtype) -> None:
+def _verify(path: Path, expected: Mapping[LayerKey, Update], dtype: torch.dtype) -> None:
     """Raises RuntimeError unless reading the file gives what was to be written, bit for bit."""
     found = read(path).layers
     if found.keys() != expected.keys():

@@ -11,7 +11,7 @@ from torch import nn
 from spf_kit.adapters.guess import family_name, guess_family
 from spf_kit.adapters.index import LayerKey
 from spf_kit.adapters.keys import flatten
-from spf_kit.adapters.layers import fits
+from spf_kit.adapters.parts import fits
 from spf_kit.errors import UserError
 
 if TYPE_CHECKING:

@@ -18,11 +18,14 @@ from torch import Tensor
 from spf_kit.adapters import sai_names
 from spf_kit.adapters.index import LayerKey
 from spf_kit.adapters.keys import UNetNames, flatten, kohya_prefix
-from spf_kit.adapters.layers import LoraLayer
+from spf_kit.adapters.lora import LoraLayer
+from spf_kit.adapters.parts import FILE_PARTS, NAMES
 from spf_kit.adapters.tensors import all_finite
+from spf_kit.adapters.update import Update
 from spf_kit.errors import UserError
 
-Layers = Mapping[LayerKey, LoraLayer]
+Layers = Mapping[LayerKey, Update]
+_KOHYA_NAMES = {part: name for name, part in FILE_PARTS.items()}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class PeftPart:
 
 
 def to_kohya(layers: Layers, dtype: torch.dtype, unet_names: UNetNames = "diffusers") -> dict[str, Tensor]:
-    """`lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`, and LyCORIS' `.dora_scale`.
+    """`lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`; LyCORIS' `.dora_scale`, `.hada_w1_a`.
 
     `unet_names` is "sai" for SDXL, see `sai_names`; its first text encoder is `lora_te1`, even alone.
     """
@@ -44,11 +47,9 @@ def to_kohya(layers: Layers, dtype: torch.dtype, unet_names: UNetNames = "diffus
         if component == "unet" and unet_names == "sai":
             module = sai_names.to_sai(module) or module
         name = f"{kohya_prefix(component, two_text_encoders=two)}_{flatten(module)}"
-        tensors[f"{name}.lora_down.weight"] = cast(layer.down, dtype, name)
-        tensors[f"{name}.lora_up.weight"] = cast(layer.up, dtype, name)
+        for part, tensor in layer.tensors().items():
+            tensors[f"{name}.{_KOHYA_NAMES[part]}"] = cast(tensor, dtype, name)
         tensors[f"{name}.alpha"] = alpha_tensor(layer.alpha, dtype)
-        if layer.dora_scale is not None:
-            tensors[f"{name}.dora_scale"] = cast(layer.dora_scale, dtype, name)
     return tensors
 
 
@@ -57,7 +58,8 @@ def to_diffusers(layers: Layers, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {}
     for (component, module), layer in layers.items():
         refuse_flat_name(component, module, "diffusers")
-        tensors.update(_peft_tensors(f"{component}.{module}", fold_scale(layer, dtype), dtype))
+        folded = fold_scale(lora_only(layer, "diffusers"), dtype)
+        tensors.update(_peft_tensors(f"{component}.{module}", folded, dtype))
     return tensors
 
 
@@ -65,7 +67,8 @@ def to_peft(layers: Layers, dtype: torch.dtype) -> dict[str, PeftPart]:
     """For each component what `PeftModel.from_pretrained` reads; text encoders named as by transformers 5."""
     parts = {}
     for component in dict.fromkeys(component for component, _ in layers):
-        own = {peft_name(component, m): layer for (c, m), layer in layers.items() if c == component}
+        of_component = ((module, layer) for (c, module), layer in layers.items() if c == component)
+        own = {peft_name(component, module): lora_only(layer, "peft") for module, layer in of_component}
         tensors: dict[str, Tensor] = {}
         for module, layer in own.items():
             refuse_flat_name(component, module, "peft")
@@ -78,6 +81,16 @@ def peft_name(component: str, module: str) -> str:
     """peft matches the names at run time, where transformers 5 has no level `text_model.` but in encoders
     with a projection."""
     return module if component == "text_encoder_2" else module.removeprefix("text_model.")
+
+
+def lora_only(layer: Update, format: str) -> LoraLayer:
+    """Raises UserError for other kinds, of which diffusers loads none into a Stable Diffusion model."""
+    if not isinstance(layer, LoraLayer):
+        raise UserError(
+            f"the format {format} is written for LoRA and DoRA alone, this is a {NAMES[layer.kind]}: write "
+            "it with format kohya, which ComfyUI and A1111 load"
+        )
+    return layer
 
 
 def fold_scale(layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:

@@ -52,5 +52,7 @@ def guess_family(layers: Mapping[LayerKey, Shaped], metadata: Mapping[str, str])
 def _widths(layers: Mapping[LayerKey, Shaped], component: str, ends: tuple[str, ...]) -> set[int]:
     """Input widths of the layers whose names end so."""
     return {
-        layer.shape[1] for (c, module), layer in layers.items() if c == component and module.endswith(ends)
+        layer.shape[1]
+        for (c, module), layer in layers.items()
+        if c == component and module.endswith(ends) and len(layer.shape) > 1
     }

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spf_kit.adapters import keys, sai_names
 from spf_kit.adapters.keys import Format, Part, UNetNames, flatten
+from spf_kit.adapters.parts import COMMON, Shape, describe, kind_of
 from spf_kit.errors import UserError
 from spf_kit.headers import Header, TensorInfo, read_header
 
@@ -30,18 +31,21 @@ LayerKey = tuple[str, str]  # component, module
 
 @dataclass(frozen=True)
 class IndexedLayer:
-    """One layer, still on the disk. `shape` is the updated weight's: (out, in) or (out, in, h, w)."""
+    """One layer, still on the disk. `rank` and `shape` are as `parts.Described` has them."""
 
     header: Header
     names: Mapping[Part, str]
+    kind: str
     rank: int
     alpha: float
-    shape: tuple[int, ...]
+    shape: Shape
     dora_axis: int | None  # the weight's axis that DoRA's magnitudes belong to; None without DoRA
 
     @property
     def dtype(self) -> str:
-        return self.header.tensors[self.names["down"]].dtype
+        return self.header.tensors[
+            next(name for part, name in self.names.items() if part not in COMMON)
+        ].dtype
 
     @property
     def parameters(self) -> int:
@@ -68,15 +72,7 @@ class LoraIndex:
 
     @property
     def kind(self) -> str:
-        return kind_of((layer.shape, layer.dora_axis) for layer in self.layers.values())
-
-
-def kind_of(layers: Iterable[tuple[tuple[int, ...], int | None]]) -> str:
-    """ "dora", "locon" (a LoRA on convolutions wider than one pixel) or "lora"."""
-    layers = list(layers)
-    if any(axis is not None for _, axis in layers):
-        return "dora"
-    return "locon" if any(math.prod(shape[2:]) > 1 for shape, _ in layers) else "lora"
+        return kind_of([(layer.kind, layer.shape, layer.dora_axis) for layer in self.layers.values()])
 
 
 # --- finding the files ------------------------------------------------------------------------------------
@@ -143,7 +139,8 @@ def _group(path: Path, header: Header) -> tuple[dict[LayerKey, dict[Part, str]],
         kind = keys.other_kind(unknown)
         if kind:
             raise UserError(
-                f"{str(path)!r} is {kind}, which spf-kit does not read; it reads LoRA, LoCon and DoRA"
+                f"{str(path)!r} is {kind}, which spf-kit does not read; it reads LoRA, LoCon, DoRA, "
+                "LoHa, LoKr and OFT as kohya and LyCORIS write them"
             )
         if groups:
             raise UserError(
@@ -165,28 +162,21 @@ def _layer(path: Path, header: Header, key: LayerKey, names: dict[Part, str], al
     def wrong(what: str) -> UserError:
         return UserError(f"{str(path)!r} is damaged: the layer {key[1]!r} of {key[0]} {what}")
 
-    missing = [{"down": "lora_down", "up": "lora_up"}[p] for p in ("down", "up") if p not in names]
-    if missing:
-        raise wrong(f"has no {' and no '.join(missing)} tensor")
     info = {part: header.tensors[name] for part, name in names.items()}
     for part, one in info.items():
         if one.dtype not in FLOATS:
             raise wrong(f"has a {part} tensor of type {one.dtype}, not a floating one")
-    down, up = list(info["down"].shape), list(info["up"].shape)
-    sizes = f"shapes that do not fit each other: down {down}, up {up}"
-    if len(down) not in (2, 4) or len(up) not in (2, 4) or 0 in down or 0 in up:
-        raise wrong(f"has {sizes}")
-    rank = down[0]
-    kernel = tuple(down[2:])
-    if "mid" in info:
-        mid = info["mid"].shape
-        if len(mid) != 4 or mid[:2] != (rank, rank) or math.prod(kernel) != 1:
-            raise wrong(f"has {sizes}, mid {list(mid)}")
-        kernel = mid[2:]
-    if up[1] != rank or math.prod(up[2:]) != 1:
-        raise wrong(f"has {sizes}")
-    shape = (up[0], down[1], *kernel)
-    alpha = header.scalar(names["alpha"]) if "alpha" in names else alphas.of_module(key, rank)
+    try:
+        found = describe({part: one.shape for part, one in info.items()})
+    except ValueError as error:
+        raise wrong(str(error)) from None
+    shape = found.shape
+    if "alpha" in names:
+        alpha = header.scalar(names["alpha"])
+    else:
+        alpha = (
+            0.0 if found.kind == "oft" else alphas.of_module(key, found.rank)
+        )  # there it limits, 0 nothing
     if not math.isfinite(alpha):
         raise wrong(f"has the alpha {alpha}")
     axis = None
@@ -196,14 +186,16 @@ def _layer(path: Path, header: Header, key: LayerKey, names: dict[Part, str], al
             raise wrong(
                 f"has DoRA magnitudes of shape {list(info['dora_scale'].shape)} for a weight {list(shape)}"
             )
-    return IndexedLayer(header, dict(names), rank, alpha, shape, axis)
+    return IndexedLayer(header, dict(names), found.kind, found.rank, alpha, shape, axis)
 
 
-def _dora_axis(info: TensorInfo, shape: tuple[int, ...], *, is_kohya: bool) -> int | None:
+def _dora_axis(info: TensorInfo, shape: Shape, *, is_kohya: bool) -> int | None:
     """peft has one magnitude for each output, of any shape; LyCORIS may have one for each input, (1, in)."""
     if info.count == shape[0] and (not is_kohya or info.shape[:1] == (shape[0],)):
         return 0
-    return 1 if is_kohya and info.count == shape[1] and info.shape[:2] == (1, shape[1]) else None
+    return (
+        1 if is_kohya and shape[1:] and info.count == shape[1] and info.shape[:2] == (1, shape[1]) else None
+    )
 
 
 # --- alphas that are not tensors --------------------------------------------------------------------------
@@ -267,7 +259,8 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(
-            f"{str(path)!r} is of the kind {kind!r}, which spf-kit does not read; it reads LoRA and DoRA"
+            f"{str(path)!r} is of the kind {kind!r}, which spf-kit does not read; of peft's "
+            "it reads LoRA and DoRA"
         )
     if config.get("bias", "none") != "none" or config.get("modules_to_save"):
         raise UserError(

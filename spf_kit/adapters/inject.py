@@ -17,10 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from spf_kit.adapters import files
+from spf_kit.adapters.blocks import assign
+from spf_kit.adapters.chosen import chosen
 from spf_kit.adapters.fit import fit
 from spf_kit.adapters.index import LayerKey
-from spf_kit.adapters.layers import LoraLayer
-from spf_kit.adapters.tuners import Spec, attach_layers, forget, initialise
+from spf_kit.adapters.live.base import plain
+from spf_kit.adapters.parts import NAMES
+from spf_kit.adapters.spec import Spec
+from spf_kit.adapters.tuners import attach_layers, forget, initialise
+from spf_kit.adapters.update import Update
 from spf_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,8 +37,9 @@ if TYPE_CHECKING:
 class AdapterHandle:
     """One adapter on a loaded base. Made by `inject` (new, trainable) or `attach` (from a file).
 
-    Parameters are float32 whatever the frozen weights are. Their names are `<component>.<module>.down`, `.up`
-    and `.magnitude` with the modules' names in files, the same under every version of transformers.
+    Parameters are float32 whatever the frozen weights are. Their names are `<component>.<module>.<part>` with
+    the modules' names in files, the same under every version of transformers; parts are down, up and
+    magnitude of LoRA and DoRA, hada_w1_a, ..., lokr_w1, ..., oft_R of the others.
     """
 
     def __init__(
@@ -65,17 +71,12 @@ class AdapterHandle:
         """
         start = files.read(cfg.start_from) if cfg.start_from else None
         places = fit(start, family) if start else {}
-        alpha = cfg.rank if cfg.alpha is None else cfg.alpha
-        # rank-stabilised: alpha / sqrt(r) = (alpha * sqrt(r)) / r, so that files and loaders need no flag
-        alpha = alpha * math.sqrt(cfg.rank) if cfg.rank_stabilized else alpha
-        spec = Spec(cfg.rank, alpha, cfg.dora)
-        chosen = family.adapter_modules(cfg.targets)
-        specs = {(component, module): spec for component, modules in chosen.items() for module in modules}
+        specs = chosen(family, cfg)
         if start:
-            _check_start(start, places, specs, cfg)
+            _check_start(start, places, specs, cfg, family)
         handle = cls(family, name, specs, dropout=cfg.dropout)
         for key, layer in handle._layers.items():
-            initialise(layer, handle._key, handle._file_keys[key], seed)
+            initialise(layer, handle._file_keys[key], seed)
         if start:
             handle._load({places[key]: layer for key, layer in start.layers.items()})
         for parameter in handle.parameters():
@@ -88,37 +89,23 @@ class AdapterHandle:
     ) -> AdapterHandle:
         """A file's adapter on the base, frozen unless `trainable`.
 
+        What no layer of peft can hold (LoHa or LoKr with DoRA, OFT on convolutions) acts as the difference of
+        weights that it comes to.
+
         Raises UserError, naming both families, if a layer of the file has no place in the base.
         """
         places = fit(lora, family)
-        specs = {
-            places[key]: Spec(layer.rank, layer.alpha, layer.dora_scale is not None)
-            for key, layer in lora.layers.items()
-        }
-        handle = cls(family, name, specs)
-        handle._load({places[key]: layer for key, layer in lora.layers.items()})
+        layers = {places[key]: layer.live(_weight(family, places[key])) for key, layer in lora.layers.items()}
+        handle = cls(family, name, {key: _spec_of(layer) for key, layer in layers.items()})
+        handle._load(layers)
         handle.set_strength(strength)
         for parameter in handle.parameters():
             parameter.requires_grad_(trainable)
         return handle
 
-    def _load(self, layers: Mapping[LayerKey, LoraLayer]) -> None:
+    def _load(self, layers: Mapping[LayerKey, Update]) -> None:
         for key, source in layers.items():
-            tuner, spec = self._layers[key].tuner, self._specs[key]
-            down, up = tuner.lora_A[self._key].weight, tuner.lora_B[self._key].weight
-            down.data.copy_(source.down.reshape(down.shape))
-            # where the scale here is another one than the file's, `up` keeps the update the same
-            up.data.copy_(
-                source.up.reshape(up.shape).to(torch.float32)
-                * (source.alpha / spec.alpha if spec.alpha else 1)
-            )
-            if source.dora_scale is not None:
-                axis = source.dora_axis or 0
-                variant, magnitude = tuner.lora_variant[self._key], tuner.lora_magnitude_vector[self._key]
-                variant.axis = axis
-                values = source.dora_scale.to(magnitude.weight.device, torch.float32)
-                shape = magnitude.weight.shape if axis == 0 else (-1,)
-                magnitude.weight = nn.Parameter(values.reshape(shape).clone(), requires_grad=False)
+            self._layers[key].load(source)
 
     # --- parameters ---
 
@@ -126,18 +113,37 @@ class AdapterHandle:
         """Canonical name and parameter, always in the same order."""
         for key, layer in self._layers.items():
             if component in (None, key[0]):
-                for part, parameter in layer.parts(self._key).items():
+                for part, parameter in layer.parts().items():
                     yield f"{self._file_keys[key]}.{part}", parameter
 
     def parameters(self, component: str | None = None) -> list[nn.Parameter]:
         """All parameters, or those on one component ("unet", "text_encoder")."""
         return [parameter for _, parameter in self.named_parameters(component)]
 
+    def groups(self, patterns: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:
+        """The parameters by learning rate: those of each component, apart from those that a pattern means,
+        which are called `<component> <pattern>`.
+
+        Raises UserError for a pattern of `train.learning_rates` that means no layer.
+        """
+        layers = {(key[0], self._file_keys[key].partition(".")[2]): key for key in self._layers}
+        own = assign(patterns, layers, "train.learning_rates")
+        found: dict[str, list[nn.Parameter]] = {}
+        for layer, key in layers.items():
+            name = f"{key[0]} {own[layer][0]}" if layer in own else key[0]
+            found.setdefault(name, []).extend(self._layers[key].parts().values())
+        return found
+
+    def update_norms(self) -> Tensor:
+        """The squared Frobenius norm of each layer's difference of weights, (layers,). Gradients flow."""
+        return torch.stack([layer.square_norm() for layer in self._layers.values()])
+
     def factors(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Of each layer: down (r, inputs), up (outputs, r), and alpha / r. Gradients flow through them."""
+        """Of each LoRA layer: down (r, inputs), up (outputs, r), and alpha / r. Gradients flow."""
         for key, layer in self._layers.items():
-            parts, spec = layer.parts(self._key), self._specs[key]
-            yield parts["down"].flatten(1), parts["up"].flatten(1), spec.alpha / spec.rank
+            parts, spec = layer.parts(), self._specs[key]
+            if "down" in parts:
+                yield parts["down"].flatten(1), parts["up"].flatten(1), spec.alpha / spec.rank
 
     @property
     def components(self) -> list[str]:
@@ -199,7 +205,7 @@ class AdapterHandle:
     def set_strength(self, strength: float) -> None:
         """Multiply the adapter's effect: 0 is exactly none, 1 as trained, negative the opposite.
 
-        LoRA: W + s * U. DoRA: W + s * (m * (W + U) / |W + U| - W), linear in s like LoRA.
+        W + s * (W' - W) for every kind, where W' is the weight at strength 1: linear in s, as merging is.
         """
         if not math.isfinite(strength):
             raise ValueError(f"the strength {strength} is not a finite number")
@@ -207,25 +213,15 @@ class AdapterHandle:
         self._apply()
 
     def _apply(self) -> None:
-        """Write strength and switch into the layers, as peft reads them."""
+        """Write strength and switch into the layers."""
         acts = self._enabled and self._strength != 0  # at 0 the layer is not even computed
-        for key, layer in self._layers.items():
-            tuner, spec = layer.tuner, self._specs[key]
-            variant = tuner.lora_variant.get(self._key)
-            scale = spec.alpha / spec.rank
-            if variant is None:
-                scale *= self._strength
-            else:
-                variant.strength = self._strength
-            tuner.scaling[self._key] = scale
-            active = {*tuner.active_adapters, self._key} if acts else {*tuner.active_adapters} - {self._key}
-            # not peft's set_adapter, which would also change what is trainable
-            tuner._active_adapter = [name for name in tuner.lora_A if name in active]
+        for layer in self._layers.values():
+            layer.act(self._strength, acts)
 
     def remove(self) -> None:
         """Take the adapter off. A layer without any other gets its own plain module back, bit for bit."""
         for layer in self._layers.values():
-            layer.detach(self._key)
+            layer.detach()
         for component in self.components:
             forget(self._family.components().get(component), self._key)
         self._layers = {}
@@ -235,16 +231,8 @@ class AdapterHandle:
     def to_lora_file(self, metadata: Mapping[str, str] | None = None) -> LoraFile:
         """Copies of the layers, for `files.write`; strength is not part of a file."""
         layers = {}
-        for key, layer in self._layers.items():
-            component, module = key
-            parts = {part: p.detach().to("cpu", copy=True) for part, p in layer.parts(self._key).items()}
-            magnitude = parts.get("magnitude")
-            if magnitude is not None:
-                shape = [1] * parts["down"].dim()
-                shape[layer.tuner.lora_variant[self._key].axis] = -1
-                magnitude = magnitude.reshape(shape)
-            file_key = (component, self._family.file_module_name(component, module))
-            layers[file_key] = LoraLayer(parts["down"], parts["up"], self._specs[key].alpha, magnitude)
+        for (component, module), layer in self._layers.items():
+            layers[component, self._family.file_module_name(component, module)] = layer.update()
         return files.LoraFile(layers, dict(metadata or {}), unet_names=self._family.kohya_unet_names)
 
 
@@ -258,21 +246,55 @@ def _submodule_name(name: str) -> str:
     return f"spf_{safe}" if safe == name else f"spf_{safe}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+def _spec_of(layer: Update) -> Spec:
+    return Spec(layer.rank or 1, layer.alpha, layer.dora_scale is not None, layer.kind)
+
+
 def _check_start(
-    start: LoraFile, places: Mapping[LayerKey, LayerKey], specs: Mapping[LayerKey, Spec], cfg: Adapter
+    start: LoraFile,
+    places: Mapping[LayerKey, LayerKey],
+    specs: Mapping[LayerKey, Spec],
+    cfg: Adapter,
+    family: Family,
 ) -> None:
     """Raises UserError if the file's layers cannot go on as this adapter."""
     source = f"adapter.start_from = {str(start.path)!r}"
-    if start.ranks != {cfg.rank}:
-        ranks = ", ".join(map(str, sorted(start.ranks)))
-        raise UserError(f"{source} has rank {ranks}, not {cfg.rank}: set adapter.rank = {min(start.ranks)}")
+    other = next((layer.kind for layer in start.layers.values() if layer.kind != cfg.kind), None)
+    if other:
+        raise UserError(f"{source} is a {NAMES[other]}: set adapter.kind = {other!r}")
     dora = any(layer.dora_scale is not None for layer in start.layers.values())
-    if dora != cfg.dora:
+    if dora != cfg.dora and (cfg.kind == "lora" or dora):
         how, remedy = ("with", "true") if dora else ("without", "false")
-        raise UserError(f"{source} was trained {how} DoRA: set adapter.dora = {remedy}")
+        also = "" if cfg.kind == "lora" else f", which a {NAMES[cfg.kind]} cannot be trained with here"
+        raise UserError(f"{source} was trained {how} DoRA{also or f': set adapter.dora = {remedy}'}")
+    for key, place in places.items():
+        if place in specs:
+            _check_layer(source, key, start.layers[key], specs[place], _weight(family, place))
     beyond = [key for key, place in places.items() if place not in specs]
     if beyond:
         raise UserError(
             f"{source} also changes {len(beyond)} layers that adapter.targets does not name, the first "
             f"{beyond[0][1]!r} of {beyond[0][0]}: add their group to the targets"
         )
+
+
+def _check_layer(source: str, key: LayerKey, layer: Update, spec: Spec, weight: Tensor) -> None:
+    """The same factors as a new layer has."""
+    if spec.kind == "lora" and layer.rank != spec.rank:
+        raise UserError(f"{source} has rank {layer.rank}, not {spec.rank}: set adapter.rank = {layer.rank}")
+    wanted = spec.parts(tuple(weight.shape))
+    found = {part: tuple(tensor.shape) for part, tensor in layer.tensors().items()}
+    if spec.kind == "oft":
+        wanted, found = {"size": wanted["oft_R"][:1]}, {"size": (layer.shape[0] // layer.rank,)}
+    if spec.kind != "lora" and wanted != found:
+        raise UserError(
+            f"{source}: its layer {key[1]!r} of {key[0]} has other factors than these settings give: train "
+            "with the adapter.rank, factor and decompose_both that it was trained with"
+        )
+
+
+def _weight(family: Family, place: LayerKey) -> Tensor:
+    """The base's own weight, adapters looked through."""
+    component, module = place
+    weight: Tensor = plain(family.components()[component].get_submodule(module)).weight
+    return weight.detach()

@@ -60,7 +60,7 @@ def _lora(lora: LoraIndex, whole: bool) -> dict[str, Any]:
         "kind": lora.kind,
         "family": guess_family(layers, metadata),
         "format": lora.format,
-        "rank": _one_or_all(layer.rank for layer in layers.values()),
+        "rank": _one_or_all(layer.rank or "whole" for layer in layers.values()),
         "alpha": _one_or_all(round(layer.alpha, 6) for layer in layers.values()),
         "dtype": _one_or_all(layer.dtype for layer in layers.values()),
         "layers": len(layers),
@@ -89,11 +89,12 @@ def _lora(lora: LoraIndex, whole: bool) -> dict[str, Any]:
 def _component(layers: Mapping[tuple[str, str], IndexedLayer], component: str) -> dict[str, Any]:
     own = {module: layer for (c, module), layer in layers.items() if c == component}
     groups = Counter(keys.target_group(component, module) for module in own)
-    ranks: dict[str, set[int]] = {}
+    ranks: dict[str, set[int | str]] = {}
     for module, layer in own.items():
-        ranks.setdefault(_block(component, module), set()).add(layer.rank)
+        ranks.setdefault(_block(component, module), set()).add(layer.rank or "whole")
     return {
         "layers": len(own),
+        "kinds": _one_or_all(layer.kind for layer in own.values()),
         "targets": dict(groups.most_common()),
         "ranks": {block: _one_or_all(found) for block, found in ranks.items()},
         "parameters": sum(layer.parameters for layer in own.values()),

@@ -19,10 +19,11 @@ from collections.abc import Collection, Iterable
 from typing import Literal, NamedTuple
 
 from spf_kit.adapters import sai_names
+from spf_kit.adapters.parts import FILE_PARTS
 
 Format = Literal["kohya", "diffusers", "peft"]
 UNetNames = Literal["diffusers", "sai"]  # whose names of a UNet's layers kohya's files spell
-Part = Literal["down", "up", "mid", "alpha", "dora_scale"]
+Part = str  # of `parts.PARTS`, "alpha" or "dora_scale"
 
 
 class Key(NamedTuple):
@@ -39,16 +40,11 @@ KOHYA_PREFIXES = {
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
+    # kohya's own OFT
+    "oft_unet_": "unet",
+    "oft_te_": "text_encoder",
 }
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-
-_KOHYA_PARTS: dict[str, Part] = {
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_mid.weight": "mid",
-    "alpha": "alpha",
-    "dora_scale": "dora_scale",
-}
 
 _DOTTED_PARTS: dict[str, Part] = {
     "down": "down", "A": "down", "up": "up", "B": "up", "magnitude_vector": "dora_scale"
@@ -59,7 +55,7 @@ _DOTTED = re.compile(
     r"[._]lora(?:_linear_layer)?\.(?P<a>down|up)(?:\.default)?\.weight"  # .lora.down.weight, _lora.…
     r"|\.lora_(?P<b>A|B|down|up)(?:\.default)?\.weight"  # .lora_A.weight, .lora_A.default.weight
     r"|\.lora_(?P<c>magnitude_vector)(?:\.default)?(?:\.weight)?"
-    r"|\.(?P<d>alpha|dora_scale)"
+    r"|\.(?P<d>alpha|dora_scale|(?:hada|lokr|oft)_\w+?|rescale)(?:\.default)?"
     r")"
 )
 
@@ -88,9 +84,10 @@ _TEXT_HEADS = ("text_model.", "encoder.layers.", "text_projection")
 
 # what else calls itself a LoRA, by a mark in its names
 _OTHER_KINDS = (
-    (".hada_", "a LoHa"),
-    (".lokr_", "a LoKr"),
-    (".oft_", "an OFT"),
+    (".hada_", "a LoHa with parts of its own"),
+    (".lokr_", "a LoKr with parts of its own"),
+    (".oft_R", "an OFT of peft, which rotates inputs"),
+    (".oft_", "an OFT with parts of its own"),
     (".boft_", "a BOFT"),
     (".on_input", "an (IA)3"),
     (".a1.weight", "a GLoRA"),
@@ -119,9 +116,9 @@ def parse(name: str) -> Key | None:
     for prefix, component in KOHYA_PREFIXES.items():
         if name.startswith(prefix):
             flat, _, part = name.removeprefix(prefix).partition(".")
-            if part not in _KOHYA_PARTS or not flat:
+            if part not in FILE_PARTS or not flat:
                 return None
-            return Key(component, _modern(component, restore_dots(flat)), _KOHYA_PARTS[part], "kohya")
+            return Key(component, _modern(component, restore_dots(flat)), FILE_PARTS[part], "kohya")
     return _parse_dotted(name)
 
 
@@ -132,7 +129,9 @@ def _parse_dotted(name: str) -> Key | None:
     if match is None:
         return None
     found = next(text for text in match.group("a", "b", "c", "d") if text)
-    part = _DOTTED_PARTS.get(found) or ("alpha" if found == "alpha" else "dora_scale")
+    part = _DOTTED_PARTS.get(found, found)
+    if part not in FILE_PARTS.values():
+        return None
     module = match["module"].replace(".processor.", ".")
     component, _, rest = module.partition(".")
     if component in COMPONENTS and rest:
@@ -179,9 +178,19 @@ def flatten(module: str) -> str:
     return module.replace(".", "_")
 
 
+_WIDE = re.compile(
+    r"(?:resnets\.\d+\.conv[12]|samplers\.\d+\.conv|conv_in|conv_out|in_layers\.2|out_layers\.3|\.op)$"
+)
+
+
+def kernel(module: str) -> tuple[int, ...]:
+    """Of a convolution wider than one pixel, which from SD 1.x to SDXL is 3 x 3; () for other layers."""
+    return (3, 3) if _WIDE.search(module) else ()
+
+
 def is_adapter(names: Iterable[str]) -> bool:
     """Whether a file with such tensors is an adapter of any kind, one that can be read here or not."""
-    marks = ("lora_", ".lora.", *(mark for mark, _ in _OTHER_KINDS))
+    marks = ("lora_", ".lora.", ".hada_", ".lokr_", *(mark for mark, _ in _OTHER_KINDS))
     return any(name.endswith((".diff", ".diff_b")) or any(mark in name for mark in marks) for name in names)
 
 

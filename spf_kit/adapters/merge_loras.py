@@ -4,6 +4,10 @@ The sum of updates of ranks r_1, ..., r_n has at most rank R = r_1 + ... + r_n, 
 U = [w_1 s_1 up_1, ...] (o, R) and D = [down_1; ...] (R, i). With U = Q_u R_u and D^T = Q_d R_d, the singular
 values of U D are those of R_u R_d^T, which is only R x R. Keeping the largest r of them is the best
 approximation of rank r (Eckart and Young), and what is left out is known exactly.
+
+LoHa and LoKr are products too, of higher rank (`Update.factors`): r^2 columns, or a Kronecker factor's size
+times r. Where R exceeds the rank that a matrix can have, the decomposition is made all the same, and loses
+nothing. DoRA and OFT add what depends on the base, and no LoRA can say that.
 """
 
 from __future__ import annotations
@@ -18,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spf_kit.adapters import files
+from spf_kit.adapters import files, keys
 from spf_kit.adapters.guess import family_name, guess_family
 from spf_kit.adapters.index import IndexedLayer, LayerKey
 from spf_kit.adapters.keys import flatten
-from spf_kit.adapters.layers import LoraLayer, load_layer
+from spf_kit.adapters.layers import LAYERS, LoraLayer, Update, load_layer
 from spf_kit.adapters.merge_plan import Source, Weighted, open_sources
+from spf_kit.adapters.parts import NAMES
 from spf_kit.adapters.streaming import Progress
 from spf_kit.adapters.tensors import DTYPES, parse_dtype
 from spf_kit.errors import UserError
@@ -66,8 +71,8 @@ def merge_loras(
         together; `worst` names the layer that lost most.
 
     Raises:
-        UserError: something is missing or damaged, the LoRAs are of different families or have DoRA, whose
-            sum depends on the base, or `output` exists without `overwrite`.
+        UserError: something is missing or damaged, the LoRAs are of different families or hold DoRA or OFT,
+            whose sum depends on the base, or `output` exists without `overwrite`.
     """
     output = Path(output)
     refuse_existing(output, overwrite)
@@ -76,13 +81,13 @@ def merge_loras(
     groups = _by_layer(sources)
     layers, cuts = {}, {}
     for number, (key, parts) in enumerate(groups.items(), start=1):
-        cut = merge_layer(parts, rank)
+        cut = merge_layer(parts, rank, keys.kernel(key[1]))
         layers[key], cuts[key] = cut.layer, cut
         if progress:
             progress(number, len(groups), key[1])
     kept = parse_dtype(dtype) if dtype else _widest(sources)
     sai = any(source.lora.unet_names == "sai" for source in sources)
-    merged = files.LoraFile(layers, _metadata(sources, layers), unet_names="sai" if sai else None)
+    merged = files.LoraFile(dict(layers), _metadata(sources, layers), unet_names="sai" if sai else None)
     files.write(merged, output, "kohya", kept)
     residual = _residual(list(cuts.values()))
     worst = max(cuts, key=lambda key: cuts[key].residual)
@@ -98,11 +103,19 @@ def merge_loras(
     }
 
 
-def merge_layer(parts: Sequence[tuple[LoraLayer, float]], rank: int | None) -> Cut:
-    """One layer of some LoRAs, each with its weight, as one of `rank` (None: as many as needed)."""
-    shape = parts[0][0].shape
-    up = torch.cat([layer.up.flatten(1).double() * (layer.scale * weight) for layer, weight in parts], dim=1)
-    down = torch.cat([layer.down.flatten(1).double() for layer, _ in parts])
+def merge_layer(parts: Sequence[tuple[Update, float]], rank: int | None, kernel: tuple[int, ...] = ()) -> Cut:
+    """One layer of some LoRAs, each with its weight, as one of `rank` (None: as many as needed).
+
+    `kernel` is that of the weight, where the layers' shapes do not tell it.
+    """
+    shape = max((layer.shape for layer, _ in parts), key=len)
+    if len(shape) == 2 and kernel and any(layer.kind != "lora" for layer, _ in parts):
+        shape = (shape[0], shape[1] // math.prod(kernel), *kernel)
+    factors = [(layer.factors(), weight) for layer, weight in parts]
+    up = torch.cat([up * weight for (up, _), weight in factors], dim=1)
+    down = torch.cat([down for (_, down), _ in factors])
+    if up.shape[1] > (most := min(shape[0], math.prod(shape[1:]))):
+        rank = min(rank or most, most)
     if rank is None or rank >= up.shape[1]:
         kept = float((up.T @ up * (down @ down.T)).sum())  # squared Frobenius norm of up @ down
         return Cut(_layer(up, down, shape), kept, 0.0)
@@ -121,7 +134,7 @@ def _layer(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> LoraLayer:
     return LoraLayer(down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *tail), float(rank))
 
 
-def _by_layer(sources: Sequence[Source]) -> dict[LayerKey, list[tuple[LoraLayer, float]]]:
+def _by_layer(sources: Sequence[Source]) -> dict[LayerKey, list[tuple[Update, float]]]:
     """The layers of all LoRAs by where they sit, whatever naming each file has. Weight 0 adds nothing."""
     names: dict[LayerKey, LayerKey] = {}
     found: dict[LayerKey, list[tuple[IndexedLayer, float, Path]]] = {}
@@ -145,11 +158,13 @@ def _by_layer(sources: Sequence[Source]) -> dict[LayerKey, list[tuple[LoraLayer,
 
 def _check(sources: Sequence[Source]) -> None:
     for source in sources:
-        if source.lora.kind == "dora":
-            raise UserError(
-                f"{str(source.lora.path)!r} is a DoRA: what it adds depends on the base, so merge it into a "
-                "checkpoint with --into"
-            )
+        for layer in source.lora.layers.values():
+            if layer.dora_axis is not None or LAYERS[layer.kind].depends_on_weight:
+                name = "DoRA" if layer.dora_axis is not None else NAMES[layer.kind]
+                raise UserError(
+                    f"{str(source.lora.path)!r} is a {name}: what it adds depends on the base, so merge it "
+                    "into a checkpoint with --into"
+                )
     families = {guess_family(s.lora.layers, s.lora.metadata): s.lora.path for s in sources}
     if len(families) > 1:
         told = " and ".join(f"{str(path)!r} for {family_name(name)}" for name, path in families.items())

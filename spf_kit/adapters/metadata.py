@@ -114,13 +114,18 @@ def _about_network(config: Config) -> dict[str, Any]:
         alpha *= math.sqrt(adapter.rank)  # as in the file, where alpha / rank is the scale
     arguments: dict[str, Any] = {}
     if "convolutions" in adapter.targets:
-        arguments |= {"conv_dim": adapter.rank, "conv_alpha": alpha}
+        rank = adapter.ranks.get("convolutions", adapter.rank)
+        arguments |= {"conv_dim": rank, "conv_alpha": adapter.alphas.get("convolutions", alpha)}
     if adapter.dora:  # kohya's own module has no DoRA, LyCORIS' has
         arguments |= {"algo": "locon", "dora_wd": True, "wd_on_output": True}
+    if adapter.kind != "lora":
+        arguments["algo"] = "diag-oft" if adapter.kind == "oft" else adapter.kind
+    if adapter.kind == "lokr":
+        arguments |= {"factor": adapter.factor, "decompose_both": adapter.decompose_both}
     return {
-        "network_module": "lycoris.kohya" if adapter.dora else "networks.lora",
+        "network_module": "lycoris.kohya" if "algo" in arguments else "networks.lora",
         "network_dim": adapter.rank,
-        "network_alpha": alpha,
+        "network_alpha": 0.0 if adapter.kind == "oft" else alpha,  # there it would limit the rotation
         "network_dropout": adapter.dropout or None,
         "network_args": json.dumps(arguments),
     }

@@ -72,12 +72,8 @@ def merged(weight: Tensor, changes: Sequence[Change], path: Path, name: str) -> 
         )
     total = weight.to(torch.float32, copy=True)
     for indexed, factor, third in changes:
-        layer = load_layer(indexed)
         here, before = (total, weight) if third is None else (t.chunk(3)[third] for t in (total, weight))
-        if layer.dora_scale is None:
-            layer.add_to(here, factor)
-        else:
-            here += factor * layer.delta(before)
+        load_layer(indexed).add_to(here, factor, before)
     return total
 
 

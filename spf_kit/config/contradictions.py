@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from spf_kit.adapters.earlier import faults, same_file
+from spf_kit.adapters.parts import NAMES
 from spf_kit.config.paths import EMBEDDED
 from spf_kit.config.problems import Origin, Problems, show, unknown
 from spf_kit.embedded import data_names
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from spf_kit.losses import Loss, Plugin
 
 Origins = Mapping[str, Origin]
+_OF_KINDS = {
+    "alpha": ("lora", "loha", "lokr"),
+    "alphas": ("lora", "loha", "lokr"),
+    "rank_stabilized": ("lora", "loha", "lokr"),
+    "factor": ("lokr",),
+    "decompose_both": ("lokr",),
+    "constraint": ("oft",),
+}
 
 
 def check_sections(
@@ -36,7 +45,8 @@ def check_sections(
         if train.text_encoder_learning_rate is None
         else train.text_encoder_learning_rate
     )
-    if train.learning_rate == 0 and not ("text-encoder" in config.adapter.targets and text_rate > 0):
+    rates = [text_rate if "text-encoder" in config.adapter.targets else 0.0, *train.learning_rates.values()]
+    if train.learning_rate == 0 and not any(rates):
         problems.add(
             origins["train.learning_rate"], "train.learning_rate = 0: nothing would be trained; 1e-4 is usual"
         )
@@ -53,6 +63,7 @@ def check_sections(
             f"data.resolution = {data.resolution}: must be at least data.bucket_step = {data.bucket_step}",
         )
     _check_selection(config, origins, wrong, problems)
+    _check_kind(config, origins, wrong, problems)
     targets = config.adapter.targets
     if len(set(targets)) < len(targets):
         twice = next(target for target in targets if targets.count(target) > 1)
@@ -60,6 +71,33 @@ def check_sections(
             origins["adapter.targets"], f"adapter.targets = {show(targets)}: {twice!r} stands in it twice"
         )
     _check_earlier(config, origins, problems)
+
+
+def _check_kind(config: Config, origins: Origins, wrong: set[str], problems: Problems) -> None:
+    """What some kinds of adapters cannot do."""
+    adapter, name = config.adapter, NAMES[config.adapter.kind]
+    if "adapter.kind" in wrong:
+        return
+    if adapter.kind == "oft" and "convolutions" in adapter.targets and "adapter.targets" not in wrong:
+        problems.add(
+            origins["adapter.targets"],
+            "adapter.targets names 'convolutions', and OFT is trained on linear layers alone: leave them "
+            "out, or choose adapter.kind = 'lora', 'loha' or 'lokr'",
+        )
+    if adapter.kind != "lora" and adapter.dora:
+        problems.add(
+            origins["adapter.dora"],
+            f"adapter.dora = true: magnitudes are trained with LoRA alone, adapter.kind is {adapter.kind!r} "
+            f"({origins['adapter.kind']})",
+        )
+    if adapter.factor == 0:
+        problems.add(origins["adapter.factor"], "adapter.factor = 0: give a size such as 8, or -1")
+    if adapter.kind != "lora" and config.output.format != "kohya":
+        problems.add(
+            origins["output.format"],
+            f"output.format = {show(config.output.format)}: {name} is written in kohya's format alone, "
+            "as LyCORIS writes it and ComfyUI and A1111 read it",
+        )
 
 
 def _check_earlier(config: Config, origins: Origins, problems: Problems) -> None:
@@ -186,6 +224,10 @@ def ineffective(config: Config, origins: Origins) -> list[str]:
         if origins[key].source != "default":
             found.append(f"{origins[key]}: {key} has no effect {why}")
 
+    adapter = config.adapter
+    for key, kinds in _OF_KINDS.items():
+        if adapter.kind not in kinds:
+            note(f"adapter.{key}", f"with adapter.kind = {adapter.kind!r}")
     if data.keep_tokens and not data.shuffle_tags:
         note("data.keep_tokens", "without data.shuffle_tags = true")
     if train.text_encoder_learning_rate is not None and "text-encoder" not in config.adapter.targets:

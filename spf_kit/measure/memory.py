@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from spf_kit.adapters.chosen import chosen
+from spf_kit.adapters.fit import adaptable
 from spf_kit.adapters.index import index
+from spf_kit.adapters.parts import NAMES
 from spf_kit.adapters.weights import parse
 from spf_kit.headers import read_header
 from spf_kit.measure.clip import folder_of
@@ -136,11 +139,13 @@ def account(config: Config, family: Family, needs: Needs | None = None) -> Accou
         items.append(Item("VAE", module_bytes(family.vae), f"frozen, {dtype}"))
     if needs and needs.clip and (folder := folder_of(family, config.clip.model)):
         items.append(Item("CLIP pair", clip_bytes(folder), "frozen, float32"))
-    layers = ", ".join(config.adapter.targets)
+    layers, kind = ", ".join(config.adapter.targets), NAMES[config.adapter.kind]
     if earlier:
         held = sum(layer.parameters for _, layer in earlier)
         items.append(Item("earlier LoRAs", 4 * held, f"frozen: {held:,} float32"))
-    items.append(Item("adapter", 4 * count, f"rank {config.adapter.rank} on {layers}: {count:,} float32"))
+    items.append(
+        Item("adapter", 4 * count, f"{kind}, rank {config.adapter.rank} on {layers}: {count:,} float32")
+    )
     items.append(Item("gradients", 4 * count, "float32"))
     state = optimizer_bytes(train.optimizer, parameters)
     if state is not None:
@@ -152,7 +157,7 @@ def account(config: Config, family: Family, needs: Needs | None = None) -> Accou
 
 def module_bytes(module: nn.Module) -> int:
     """Parameters and buffers in their own types, each shared tensor once; adapters not included."""
-    names = ("lora_A", "lora_B", "lora_magnitude")
+    names = ("lora_A", "lora_B", "lora_magnitude", "hada_", "lokr_", "oft_R")
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return sum(t.numel() * t.element_size() for name, t in tensors if not any(part in name for part in names))
 
@@ -164,23 +169,12 @@ def clip_bytes(folder: Path) -> int:
 
 
 def adapter_shapes(family: Family, adapter: Adapter) -> dict[str, list[Shape]]:
-    """Shapes of the parameters that `adapter` adds, by component.
-
-    Linear (out, in): (r, in) and (out, r). Convolution (out, in, k, k): (r, in, k, k) and (out, r, 1, 1).
-    DoRA adds a magnitude for each output.
-    """
+    """Shapes of the parameters that `adapter` adds, by component."""
+    layers = {component: adaptable(root) for component, root in family.components().items()}
     found: dict[str, list[Shape]] = {}
-    for component, names in family.adapter_modules(adapter.targets).items():
-        modules = dict(family.components()[component].named_modules())
-        for name in names:
-            layer: Any = modules[name]
-            weight = getattr(layer, "base_layer", layer).weight
-            outputs, inputs = weight.shape[:2]
-            tail = tuple(weight.shape[2:])
-            shapes: list[Shape] = [(adapter.rank, inputs, *tail), (outputs, adapter.rank, *(1 for _ in tail))]
-            if adapter.dora:
-                shapes.append((outputs,))
-            found.setdefault(component, []).extend(shapes)
+    for (component, name), spec in chosen(family, adapter).items():
+        weight: Any = layers[component][name].weight
+        found.setdefault(component, []).extend(spec.parts(tuple(weight.shape)).values())
     return found
 
 

@@ -104,7 +104,8 @@ def find(name: str) -> Spec:
 
 
 def build(train: Train, parameters: Mapping[str, Sequence[Tensor]]) -> Optimizer:
-    """The configured optimizer over one parameter group for each component ("unet", "text_encoder").
+    """The configured optimizer over one parameter group for each component ("unet", "text_encoder"), and each
+    "<component> <pattern>" of `train.learning_rates`.
 
     Raises UserError for an unknown optimizer, an argument that it does not take, or values that it refuses.
     """
@@ -113,8 +114,8 @@ def build(train: Train, parameters: Mapping[str, Sequence[Tensor]]) -> Optimizer
     arguments = _arguments(spec, cls, train.optimizer_args)
     rates = base_rates(train, list(parameters))
     groups = [
-        {"params": list(tensors), "lr": rates[component], "name": component}
-        for component, tensors in parameters.items()
+        {"params": list(tensors), "lr": rates[group], "name": group}
+        for group, tensors in parameters.items()
         if tensors
     ]
     # An Adafactor that finds its own rate refuses to be given one.
@@ -139,7 +140,7 @@ def check(train: Train) -> None:
             f"train.optimizer = {spec.name!r} averages the weights by itself: remove train.ema = {train.ema}"
         )
     build(train, {"unet": [torch.nn.Parameter(torch.zeros(1))]})
-    base_rates(train, ["unet", "text_encoder"])
+    base_rates(train, ["unet", "text_encoder", *(f"unet {pattern}" for pattern in train.learning_rates)])
 
 
 def advice(train: Train) -> list[str]:
@@ -157,8 +158,8 @@ def advice(train: Train) -> list[str]:
     return found
 
 
-def base_rates(train: Train, components: Sequence[str]) -> dict[str, float]:
-    """Each component's learning rate before the schedule.
+def base_rates(train: Train, groups: Sequence[str]) -> dict[str, float]:
+    """Each group's learning rate before the schedule.
 
     Raises UserError if they differ and the optimizer wants one for all.
     """
@@ -166,11 +167,15 @@ def base_rates(train: Train, components: Sequence[str]) -> dict[str, float]:
     text_rate = train.text_encoder_learning_rate
     if text_rate is None:
         text_rate = train.learning_rate if one_rate else train.learning_rate / 2
-    rates = {c: text_rate if c.startswith("text_encoder") else train.learning_rate for c in components}
+    rates = {}
+    for group in groups:
+        component, _, pattern = group.partition(" ")
+        rate = text_rate if component.startswith("text_encoder") else train.learning_rate
+        rates[group] = train.learning_rates[pattern] if pattern else rate
     if one_rate and len(set(rates.values()) - {0.0}) > 1:
         raise UserError(
             f"train.optimizer = {train.optimizer!r} finds one step size for everything: "
-            f"train.text_encoder_learning_rate = {text_rate} must be 0 or equal to "
+            f"train.text_encoder_learning_rate = {text_rate} and train.learning_rates must be 0 or equal to "
             f"train.learning_rate = {train.learning_rate}"
         )
     return rates
@@ -233,13 +238,13 @@ class Schedule:
     rates: Mapping[str, float]  # by group name
 
     @classmethod
-    def of(cls, train: Train, total: int, components: Sequence[str]) -> Schedule:
+    def of(cls, train: Train, total: int, groups: Sequence[str]) -> Schedule:
         """As configured; a schedule-free optimizer takes the warm-up and a constant rate."""
         kind = "constant" if find(train.optimizer).averages else train.schedule
-        return cls(kind, train.warmup, total, base_rates(train, components))
+        return cls(kind, train.warmup, total, base_rates(train, groups))
 
     def apply(self, optimizer: Optimizer, step: int) -> dict[str, float]:
-        """Write the rates for `step` into the optimizer and return them by component."""
+        """Write the rates for `step` into the optimizer and return them by group."""
         factor = multiplier(self.kind, step, self.total, self.warmup)
         for group in optimizer.param_groups:
             group["lr"] = self.rates[group["name"]] * factor

@@ -263,7 +263,7 @@ def _text_checkpointing(text_encoder: Any, what: str, *arguments: Any) -> None:
 
 def _updater(config: Config, handle: AdapterHandle, total: int, processes: Accelerator) -> Updater:
     train = config.train
-    parameters: Mapping[str, Any] = {name: handle.parameters(name) for name in handle.components}
+    parameters: Mapping[str, Any] = handle.groups(train.learning_rates)
     return Updater(
         optimizers.build(train, parameters),
         optimizers.Schedule.of(train, total, list(parameters)),

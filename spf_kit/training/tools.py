@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from spf_kit.errors import UserError
@@ -109,8 +108,5 @@ def _decode(
 
 
 def update_norms(handle: AdapterHandle) -> Tensor:
-    """|alpha / r * up @ down|_F^2 of each adapted layer, (layers,), without making the products:
-    |U D|^2 = sum((U^T U) * (D D^T)), r x r. A DoRA layer's magnitude is left out."""
-    return torch.stack(
-        [scale**2 * ((up.T @ up) * (down @ down.T)).sum() for down, up, scale in handle.factors()]
-    )
+    """|W' - W|_F^2 of each adapted layer, (layers,). A DoRA layer's magnitude is left out."""
+    return handle.update_norms()

@@ -66,9 +66,9 @@ class Family(ABC):
             chunks: windows of L - 2 tokens; what exceeds them is cut.
         """
 
-    def encode_negative(self, text: str, *, clip_skip: int = 1, chunks: int = 1) -> Condition:
-        """The condition of guidance's other half, one row, as the family's pipeline makes it."""
-        return self.encode_text([text], clip_skip=clip_skip, chunks=chunks)
+    def negative(self, text: str, condition: Condition) -> Condition:
+        """What guidance's other half is told for a negative prompt with this encoding."""
+        return condition
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:

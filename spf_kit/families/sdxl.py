@@ -57,9 +57,8 @@ class SDXLFamily(StableDiffusionFamily):
         states = torch.cat([states for states, _ in both], dim=-1)
         return {"encoder_hidden_states": states, "text_embeds": both[1][1]}
 
-    def encode_negative(self, text: str, *, clip_skip: int = 1, chunks: int = 1) -> Condition:
+    def negative(self, text: str, condition: Condition) -> Condition:
         """Nothing is zeros rather than an encoded empty text, where the model says so (SDXL's own does)."""
-        condition = super().encode_negative(text, clip_skip=clip_skip, chunks=chunks)
         if not text and self._pipeline_config.get("force_zeros_for_empty_prompt", True):
             return {name: torch.zeros_like(value) for name, value in condition.items()}
         return condition

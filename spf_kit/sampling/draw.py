@@ -103,8 +103,8 @@ def draw(
     family.reload_encoders()
     pipeline = family.pipeline(scheduler)
     guided = cfg > 1  # diffusers' own rule
-    encoded = encode(family, prompts, clip_skip=clip_skip, chunks=chunks)
-    against = encode_negative(family, negative, clip_skip=clip_skip, chunks=chunks) if guided else None
+    encoded = encode(family, [*prompts, *[negative] * guided], clip_skip=clip_skip, chunks=chunks)
+    against = family.negative(negative, encoded[negative]) if guided else None
     beside = lanes(family.unet)
     batches = split(len(prompts), batch_size, beside)
     reporter = _Reporter(progress, batches)
@@ -147,19 +147,9 @@ def encode(
         for start in range(0, len(unique), batch_size):
             batch = unique[start : start + batch_size]
             condition = family.encode_text(batch, clip_skip=clip_skip, chunks=chunks)
-            encoded |= {text: _row(condition, i) for i, text in enumerate(batch)}
+            for i, text in enumerate(batch):
+                encoded[text] = {name: value[i] for name, value in condition.items()}
     return encoded
-
-
-@torch.no_grad()
-def encode_negative(family: Family, text: str, *, clip_skip: int = 1, chunks: int = 1) -> Condition:
-    """The condition of guidance's other half, without the batch's axis, with dropout off."""
-    with evaluating(*family.text_encoders().values()):
-        return _row(family.encode_negative(text, clip_skip=clip_skip, chunks=chunks), 0)
-
-
-def _row(condition: Condition, number: int) -> Condition:
-    return {name: value[number] for name, value in condition.items()}
 
 
 def stacked(rows: Sequence[Condition]) -> Condition:

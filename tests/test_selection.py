@@ -483,7 +483,9 @@ def test_none_within_the_budget_keeps_the_least_drift(
     """By the command: the result as JSON, the warning as one line."""
     sets = [*SMALL, *CHOOSE, "train.drift_budget=1e-12", "evaluate.enabled=false"]
     options = [part for text in sets for part in ("--set", text)]
-    result = spf_kit("train", "glasses", "--data", pictures, "--output", "run", "--json", *options)
+    result = spf_kit(
+        "train", "glasses", "--recipe", "naive", "--data", pictures, "--output", "run", "--json", *options
+    )
     assert result.code == 0
     least = min(straight.rows, key=lambda row: row.drift)
     told = result.json["selection"]

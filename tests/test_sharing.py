@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def test_names_and_prompts_stay_text() -> None:
     ("family", "base_id", "loads"),
     [
         ("sd15", "a/b", "StableDiffusionPipeline.from_pretrained('a/b')"),
+        ("sd2", "a/b", "StableDiffusionPipeline.from_pretrained('a/b')"),
         ("sdxl", None, "StableDiffusionXLPipeline.from_single_file('path/to/the/base')"),
     ],
 )
@@ -144,6 +146,50 @@ def test_what_is_no_finished_run_is_refused(spf_kit: Callable[..., Any], tmp_pat
     assert result.code == 2
     assert "has not ended" in result.err
     assert not (tmp_path / "half/share").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"base": {}, "loras": {}}', '{"base": {}, "loras": {"a": {}}}'])
+def test_a_damaged_evaluation_is_refused(
+    spf_kit: Callable[..., Any], run: Path, tmp_path: Path, text: str
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/evaluation.json").write_text(text)
+    result = spf_kit("share", "run", "--output", "up")
+    assert result.code == 2
+    assert "evaluation.json' is damaged: remove it" in result.err
+    assert not (tmp_path / "up").exists()
+
+
+@pytest.mark.parametrize("weight", ["0.5", "unet=0.5,te=0.25"])
+def test_earlier_loras_act_in_the_pictures_and_are_named(
+    spf_kit: Callable[..., Any], run: Path, tmp_path: Path, weight: str
+) -> None:
+    on = f"{run / 'glasses.safetensors'}:{weight}"
+    off = ["--set", "evaluate.enabled=false", "--set", "preview.every=0", "--set", "output.format=peft"]
+    options = ["--recipe", "naive", "--on", on, "--steps", "1", "--set", "train.learning_rate=1e-9", *off]
+    assert spf_kit("train", "beard", "--output", "beard", *options).code == 0
+    assert (tmp_path / "beard/beard-peft").is_dir()
+    prompt = ["-p", "a man, wearing glasses"]
+    told = spf_kit("share", "beard", *prompt, "--output", "up", "--json").json
+    assert told["files"] == [
+        "README.md",
+        "beard.safetensors",
+        "images/1.png",
+    ]  # peft's folder as kohya's file
+    text = (tmp_path / "up/README.md").read_text()
+    assert f"trained on top of `glasses.safetensors:{weight}`" in text
+    with Image.open(tmp_path / "up/images/1.png") as picture:
+        shared = picture.convert("RGB").tobytes()
+        assert ("<lora:glasses:0.5>" in picture.text["parameters"]) == (weight == "0.5")
+    spf_kit("sample", f"{run / 'glasses.safetensors'}:0.5", *prompt, "--steps", "20", "--output", "drawn")
+    spf_kit("sample", *prompt, "--base", "embedded", "--steps", "20", "--output", "base")
+    (drawn,), (plain,) = (
+        [p for p in (tmp_path / name).glob("*.png") if p.name != "grid.png"] for name in ("drawn", "base")
+    )
+    with Image.open(drawn) as one, Image.open(plain) as other:
+        if weight == "0.5":
+            assert one.convert("RGB").tobytes() == shared
+        assert other.convert("RGB").tobytes() != shared
 
 
 def test_push(

@@ -88,8 +88,8 @@ def identity(row: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> d
 
 def render(data: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]] = {}) -> Table:
     """The table for the terminal. See `lines`."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text  # not markup: names are other people's, and the console prints it as it stands
 
     settings = data["settings"]
     table = Table(title=f"{len(settings['prompts'])} prompts, with and without {settings['target']!r}")
@@ -99,12 +99,12 @@ def render(data: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]] = {}
         table.add_column(heading, justify="right")
     rows = lines(data, others)
     for row in rows:
-        name = escape(row.name) + (f" [dim](measured with {escape(row.note)})[/dim]" if row.note else "")
+        name = Text(row.name).append(f" (measured with {row.note})" if row.note else "", style="dim")
         cells = [_number(key, row.values[key]) for key in COLUMNS]
         table.add_row(name, *cells, style="bold" if row is rows[-1] and data["loras"] else "")
-    table.caption = (
+    table.caption = Text(
         f"{settings['sampler']}, {settings['steps']} steps, guidance {settings['guidance']:g}; "
-        f"judge: {escape(settings['judge'])}. {escape(_seen_by_a_loss(data))}{LEGEND}"
+        f"judge: {settings['judge']}. {_seen_by_a_loss(data)}{LEGEND}"
     )
     return table
 

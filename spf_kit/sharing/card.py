@@ -12,8 +12,17 @@ from typing import Any
 from spf_kit import __version__
 
 # of the model that the family is of: it binds what is derived from it; the embedded base is ours
-LICENCES = {"sd15": "creativeml-openrail-m", "sdxl": "openrail++", "embedded": "apache-2.0"}
-PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+LICENCES = {
+    "sd15": "creativeml-openrail-m",
+    "sd2": "openrail++",
+    "sdxl": "openrail++",
+    "embedded": "apache-2.0",
+}
+PIPELINES = {
+    "sd15": "StableDiffusionPipeline",
+    "sd2": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+}
 MEASURED = ("response", "preservation", "leakage", "drift_plain", "drift_target")
 
 
@@ -62,14 +71,15 @@ def front_matter(facts: Facts) -> str:
     """The YAML block between two lines of dashes."""
     from huggingface_hub import ModelCardData
 
-    architecture = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl"}.get(facts.family)
-    tags = ["text-to-image", "diffusers", "lora", "template:sd-lora", "spf-kit"]
+    tags = ["text-to-image", "lora", "template:sd-lora", "spf-kit"]
+    if facts.family in PIPELINES:
+        tags += ["diffusers", "stable-diffusion-xl" if facts.family == "sdxl" else "stable-diffusion"]
     data = ModelCardData(
         base_model=facts.base_id,
         license=facts.licence,
         library_name="diffusers" if facts.family in PIPELINES else None,
         pipeline_tag="text-to-image",
-        tags=[*tags, *([architecture] if architecture else [])],
+        tags=tags,
         instance_prompt=facts.trigger,
         widget=[{"text": p.prompt, "output": {"url": p.file}} for p in facts.pictures] or None,
     )

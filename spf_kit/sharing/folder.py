@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field
+
+from spf_kit.adapters.weights import parse
 from spf_kit.errors import UserError
 from spf_kit.files import atomic, refuse_existing
 from spf_kit.sampling import GridSettings, Progress, SampleLora, sample_loras
 from spf_kit.sharing.card import LICENCES, Facts, Picture, card
+from spf_kit.training.run_folder import RunFolder
 
 PICTURES = "images"
 
@@ -33,27 +37,24 @@ class Run:
         file = folder / "config.toml"
         try:
             config = tomllib.loads(file.read_text(encoding="utf-8"))
-            name = config["attribute"]["name"]
+            name, _ = config["attribute"]["name"], config["attribute"]["target"]
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
             raise UserError(
                 f"{str(folder)!r} is not a run folder: it has no readable config.toml; give the folder that "
                 "spf-kit train wrote, such as runs/glasses"
             ) from error
-        lora = folder / f"{name}.safetensors"
+        lora = RunFolder(folder).lora(name, config.get("output", {}).get("format", "kohya"))
         if not lora.exists():
             raise UserError(
                 f"the run {str(folder)!r} holds no {lora.name}: it has not ended; continue it with "
                 "spf-kit train ... --resume"
             )
-        try:
-            measured = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            measured = None  # evaluate.enabled = false
-        except ValueError as error:
-            raise UserError(
-                f"{str(folder / 'evaluation.json')!r} is damaged ({error}): without it the card has no table"
-            ) from error
-        return cls(folder, config, lora, measured)
+        return cls(folder, config, lora, _evaluation(folder / "evaluation.json"))
+
+    @property
+    def file(self) -> str:
+        """The LoRA's name in the folder."""
+        return f"{self.config['attribute']['name']}.safetensors"
 
     @property
     def target(self) -> str:
@@ -65,6 +66,39 @@ class Run:
             return []
         rows = next(iter(self.evaluation["loras"].values()))["per_prompt"]
         return [(f"{row['prompt']}, {self.target}", int(row["seed"])) for row in rows[:count]]
+
+
+class _Prompt(BaseModel):
+    prompt: str
+    seed: int
+
+
+class _Row(BaseModel):
+    """What a card reads of a LoRA's measurement."""
+
+    prompts: list[str]
+    sampler: str
+    steps: int
+    guidance: float
+    judge: str
+    per_prompt: list[_Prompt]
+
+
+class _Measured(BaseModel):
+    base: dict[str, Any]
+    loras: dict[str, _Row] = Field(min_length=1)
+
+
+def _evaluation(file: Path) -> Mapping[str, Any] | None:
+    """What was measured; None where evaluate.enabled was false. Raises UserError if the file is damaged."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        _Measured.model_validate_json(text)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(file)!r} is damaged: remove it, and the card has no table") from error
+    return dict(json.loads(text))
 
 
 def share(
@@ -98,43 +132,57 @@ def share(
             "--count 0 for a card without pictures"
         )
     with atomic(output, folder=True) as folder:
-        target = folder / run.lora.name
-        (shutil.copytree if run.lora.is_dir() else shutil.copyfile)(run.lora, target)
+        _copy(run.lora, folder / run.file)
         pictures = _draw(run, family, cases, folder, progress)
         facts = _facts(run, family, pictures, base_id, licence)
         (folder / "README.md").write_text(card(facts), encoding="utf-8")
     return output
 
 
+def _copy(lora: Path, file: Path) -> None:
+    """A file as it is; peft's folder, which only few programs read, in kohya's format."""
+    if lora.is_dir():
+        from spf_kit.adapters import files
+
+        read = files.read(lora)
+        files.write(read, file, "kohya", read.dtype)
+    else:
+        shutil.copyfile(lora, file)
+
+
 def _draw(
     run: Run, family: Any, cases: Sequence[tuple[str, int]], folder: Path, progress: Progress | None
 ) -> list[Picture]:
     """Each case as a picture of its own, as it was evaluated where it was."""
-    evaluation = run.config.get("evaluate", {})
-    weights = [SampleLora(*split) for split in _earlier(run)]
-    drawn = []
-    for number, (prompt, seed) in enumerate(cases):
-        grid = GridSettings(
-            [prompt], (1.0,), seed=seed, steps=evaluation.get("steps", 25), cfg=evaluation.get("cfg", 5.0),
-            clip_skip=run.config.get("base", {}).get("clip_skip", 1),
-        )  # fmt: skip
-        made = sample_loras(
-            family, [SampleLora(run.lora, 1.0), *weights], grid, folder / "drawn", overwrite=True
-        )
-        file = folder / PICTURES / f"{number + 1}.png"
-        file.parent.mkdir(exist_ok=True)
-        Path(made["pictures"][0]["file"]).replace(file)
-        drawn.append(Picture(f"{PICTURES}/{file.name}", prompt, seed))
-        if progress:
-            progress(number + 1, len(cases), "drawing")
+    from spf_kit.adapters.earlier import attached
+
+    evaluation, drawn = run.config.get("evaluate", {}), []
+    used, acting = _earlier(run)
+    with attached(family, acting):
+        for number, (prompt, seed) in enumerate(cases):
+            grid = GridSettings(
+                [prompt], (1.0,), seed=seed, steps=evaluation.get("steps", 25),
+                cfg=evaluation.get("cfg", 5.0),
+                clip_skip=run.config.get("base", {}).get("clip_skip", 1),
+            )  # fmt: skip
+            loras = [SampleLora(run.lora, 1.0), *used]
+            made = sample_loras(family, loras, grid, folder / "drawn", overwrite=True)
+            file = folder / PICTURES / f"{number + 1}.png"
+            file.parent.mkdir(exist_ok=True)
+            Path(made["pictures"][0]["file"]).replace(file)
+            drawn.append(Picture(f"{PICTURES}/{file.name}", prompt, seed))
+            if progress:
+                progress(number + 1, len(cases), "drawing")
     shutil.rmtree(folder / "drawn", ignore_errors=True)
     return drawn
 
 
-def _earlier(run: Run) -> list[tuple[Path, float]]:
-    from spf_kit.adapters.weights import parse_weighted
-
-    return [parse_weighted(text) for text in run.config.get("adapter", {}).get("on", [])]
+def _earlier(run: Run) -> tuple[list[SampleLora], list[str]]:
+    """The LoRAs under this one: those that a picture's parameters can name, with one weight, and the rest."""
+    texts = run.config.get("adapter", {}).get("on", [])
+    parsed = [(text, *parse(text)) for text in texts]
+    used = [SampleLora(path, weights.uniform) for _, path, weights in parsed if weights.uniform is not None]
+    return used, [text for text, _, weights in parsed if weights.uniform is None]
 
 
 def _facts(
@@ -143,12 +191,13 @@ def _facts(
     from spf_kit.families.hub import is_hub_id
 
     base = str(run.config.get("base", {}).get("model", family.base_id))
+    on = run.config.get("adapter", {}).get("on", [])
     known = base_id or (base if is_hub_id(base) and not Path(base).exists() and base != "embedded" else None)
     return Facts(
-        name=run.config["attribute"]["name"], file=run.lora.name, trigger=run.target, family=family.name,
+        name=run.config["attribute"]["name"], file=run.file, trigger=run.target, family=family.name,
         base=known or ("the base model in spf-kit" if base == "embedded" else Path(base).name), base_id=known,
         licence=licence or LICENCES.get(family.name, "other"), config=run.config, pictures=pictures,
-        evaluation=run.evaluation, earlier=[f"{path.name}:{weight:g}" for path, weight in _earlier(run)],
+        evaluation=run.evaluation, earlier=[f"{path.name}:{weights}" for path, weights in map(parse, on)],
     )  # fmt: skip
 
 

@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from spf_kit.families.base import Family
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
@@ -80,6 +83,42 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer", "tokenizer_2"):  # CLIP's own is in the package, and read in a fifth of the time
         shutil.rmtree(folder / name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures with glasses and their captions, a copy for each file of tests."""
+    from spf_kit import embedded
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:3]:
+        shutil.copy(picture, folder)
+        shutil.copy(picture.with_suffix(".txt"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base() -> Family:
+    """The embedded base, loaded once for each file of tests."""
+    from spf_kit import families
+    from spf_kit.schema import Base
+
+    return families.load(Base(model="embedded"))
+
+
+@pytest.fixture
+def family(base: Family) -> Iterator[Family]:
+    """The base, which every test must leave as it found it."""
+    import torch
+
+    before = {name: dict(module.named_modules()) for name, module in base.components().items()}
+    weights = {name: module.state_dict() for name, module in base.components().items()}
+    weights = {name: {k: v.clone() for k, v in state.items()} for name, state in weights.items()}
+    yield base
+    for name, module in base.components().items():
+        assert dict(module.named_modules()) == before[name]  # the very objects
+        assert all(torch.equal(value, weights[name][key]) for key, value in module.state_dict().items())
+        assert not hasattr(module, "peft_config")
 
 
 @dataclass(frozen=True)

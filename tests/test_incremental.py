@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spf_kit import config, embedded, families, schema
+from spf_kit import config, families, schema
 from spf_kit.adapters import earlier as earlier_loras
 from spf_kit.adapters import files
 from spf_kit.adapters.inject import AdapterHandle
@@ -106,15 +106,6 @@ def reference(first: Path) -> Family:
     family = plain_family()
     merged_by_hand(family, first, dict.fromkeys(PREFIXES, WEIGHT))
     return family
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:3]:
-        shutil.copy(picture, folder)
-        shutil.copy(picture.with_suffix(".txt"), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

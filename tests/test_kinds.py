@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from spf_kit import families
 from spf_kit.adapters import files
 from spf_kit.adapters.chosen import chosen
 from spf_kit.adapters.inject import AdapterHandle, attach, inject
@@ -17,7 +15,7 @@ from spf_kit.adapters.layers import LohaLayer, LokrLayer, LoraLayer, OftLayer, U
 from spf_kit.adapters.tuners import LIVE
 from spf_kit.errors import UserError
 from spf_kit.families.base import Family
-from spf_kit.schema import Adapter, Base
+from spf_kit.schema import Adapter
 
 MATRICES = ["cross-attention", "text-encoder"]
 WITH_KERNELS = ["cross-attention", "convolutions", "text-encoder"]
@@ -32,24 +30,6 @@ KINDS: dict[str, dict[str, object]] = {
 }
 kinds = pytest.mark.parametrize("kind", list(KINDS))
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def base() -> Family:
-    return families.load(Base(model="embedded"))
-
-
-@pytest.fixture
-def family(base: Family) -> Iterator[Family]:
-    """The base, which every test must leave as it found it."""
-    before = {name: dict(module.named_modules()) for name, module in base.components().items()}
-    weights = {name: module.state_dict() for name, module in base.components().items()}
-    weights = {name: {k: v.clone() for k, v in state.items()} for name, state in weights.items()}
-    yield base
-    for name, module in base.components().items():
-        assert dict(module.named_modules()) == before[name]  # the very objects
-        assert all(torch.equal(value, weights[name][key]) for key, value in module.state_dict().items())
-        assert not hasattr(module, "peft_config")
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spf_kit import config, embedded
+from spf_kit import config
 from spf_kit.adapters import files
 from spf_kit.config import Resolved
 from spf_kit.errors import UserError
@@ -26,15 +26,6 @@ KINDS = {
     "lokr": ["adapter.rank=2", "adapter.decompose_both=true", "train.ema=0.9"],
     "oft": ["adapter.rank=8", "adapter.constraint=0.01"],
 }
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:3]:
-        shutil.copy(picture, folder)
-        shutil.copy(picture.with_suffix(".txt"), folder)
-    return folder
 
 
 def resolve(pictures: Path, *sets: str) -> Resolved:

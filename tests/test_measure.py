@@ -317,6 +317,7 @@ def check_table(data: dict[str, Any], naive: dict[str, Any]) -> None:
     assert lines["older"].note == "other steps"
     assert lines["trained"].values["response"] == data["loras"]["trained"]["response"]
     text = rendered(table.render(data, others))
+    assert "older (measured with other steps)" in text
     assert "2 prompts, with and without 'wearing glasses'" in text
     assert f"{data['loras']['trained']['drift_plain']:.2g}" in text
     unknown = json.loads(json.dumps(data))
@@ -328,7 +329,7 @@ def rendered(renderable: Any) -> str:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=160)
-    console.print(renderable)
+    console.print(renderable, markup=False)  # as the program's console prints
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spf_kit import config, embedded
+from spf_kit import config
 from spf_kit.config import Resolved
 from spf_kit.errors import UserError
 from spf_kit.training import checkpoint, trainer
@@ -51,15 +51,6 @@ VARIANTS = {
         "loss.prior_preservation.steps=1", "preview.every=1", "preview.steps=1", "preview.count=1",
     ],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:3]:
-        shutil.copy(picture, folder)
-        shutil.copy(picture.with_suffix(".txt"), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import types
 from collections.abc import Callable, Iterator
@@ -42,15 +41,6 @@ SMALL = [
     "train.threads=1", 'output.dtype="float32"', "adapter.dropout=0.2", "train.schedule=constant",
     "train.learning_rate=0.01",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:3]:
-        shutil.copy(picture, folder)
-        shutil.copy(picture.with_suffix(".txt"), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -250,6 +250,21 @@ def test_a_run_leaves_the_first_untouched_and_both_act_together(
     assert torch.equal(predict(result.family), predict(plain_family()))
 
 
+def test_a_run_does_not_go_on_over_another_first(
+    resolve: Callable[..., Resolved], base: Family, tmp_path: Path
+) -> None:
+    """The same path, with another LoRA in it."""
+    path = learnt(base, tmp_path / "first.safetensors", ["cross-attention"], seed=1)
+    on, run = (str(path),), tmp_path / "run"
+    trainer.train(resolve("train.steps=1", recipe="naive", on=on), run)
+    learnt(base, path, ["cross-attention"], seed=2)
+    with pytest.raises(UserError, match=r"the earlier LoRA '.*first\.safetensors' changed since the run"):
+        trainer.train(resolve("train.steps=2", recipe="naive", on=on), run, resume=True)
+    path.unlink()
+    learnt(base, path, ["cross-attention"], seed=1)
+    assert trainer.train(resolve("train.steps=2", recipe="naive", on=on), run, resume=True).steps == 2
+
+
 def test_the_file_names_what_it_was_trained_on(
     resolve: Callable[..., Resolved], first: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -158,6 +159,19 @@ def test_each_sample_has_its_own_mask(square: tuple[Path, Path]) -> None:
     assert batch.masks.flatten(1).unique(dim=1).squeeze(1).tolist() == pytest.approx(
         [levels[name] / 255 for name in batch.sample_ids]
     )
+
+
+def test_the_data_of_a_run_name_each_mask(square: tuple[Path, Path]) -> None:
+    pictures, masks = square
+    for name in ("a", "b", "sub/c"):
+        save(Image.new("L", (64, 64), len(name)), masks / f"{name}.png")
+    expected = {
+        f"{name}.jpg": hashlib.sha256((masks / f"{name}.png").read_bytes()).hexdigest()
+        for name in ("a", "b", "sub/c")
+    }
+    given = Dataset.prepare(settings(pictures), TARGET, FAMILY, masks=str(masks))
+    assert given.info()["mask_hashes"] == expected
+    assert Dataset.prepare(settings(pictures), TARGET, FAMILY).info()["mask_hashes"] == {}
 
 
 def test_a_smaller_mask_of_the_same_shape_serves(drawn: tuple[Path, Path]) -> None:

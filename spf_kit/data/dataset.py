@@ -212,6 +212,7 @@ class Dataset:
             "buckets": self._bucket_info(),
             "tag_frequencies": self._tag_frequencies(),
             "content_hashes": {e.picture.sample_id: e.picture.content_hash for e in self.entries},
+            "mask_hashes": self._masks.hashes([e.picture for e in self.entries]) if self._masks else {},
             "warnings": {kind: len(items) for kind, items in self.report.warnings.items()},
         }
 

@@ -27,6 +27,7 @@ from spf_kit.data.caption_files import relative_name
 from spf_kit.data.decoding import Unreadable, decode_alpha, decode_mask
 from spf_kit.data.pictures import EXTENSIONS, Picture, Progress, directories
 from spf_kit.errors import UserError
+from spf_kit.files import sha256
 
 ALPHA = "alpha"
 
@@ -81,6 +82,13 @@ class Masks:
         finally:  # on Ctrl-C, do not decode the rest first
             pool.shutdown(cancel_futures=True)
         return ([self._missing(missing, len(pictures))] if missing else []) + list(dict.fromkeys(found))
+
+    def hashes(self, pictures: Sequence[Picture]) -> dict[str, str]:
+        """SHA-256 of the file that holds each picture's mask, by sample id."""
+        if self.source == ALPHA:
+            return {picture.sample_id: picture.file_hash for picture in pictures}
+        found = {p.sample_id: self._files.get(_stem(p.sample_id), []) for p in pictures}
+        return {name: sha256(files[0]) for name, files in found.items() if len(files) == 1}
 
     # --- one mask -----------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 `checkpoints/step-000200/` holds `adapter.safetensors` (the weights in training, float32), `state.pt`
 (optimizer, scaler, EMA, plugins, the best step so far) and `checkpoint.json` (step, threads, processes,
-versions). A checkpoint is written beside and renamed, so that a folder of that name is complete.
+hashes of what is frozen, versions). A checkpoint is written beside and renamed, so that a folder of that name
+is complete.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Checkpoint:
     updater: Mapping[str, Any]
     plugins: list[dict[str, Any]]  # for each process, each plugin's state by id
     selection: Mapping[str, Any] = field(default_factory=dict)  # the best step so far, with its weights
+    frozen: Mapping[str, str] = field(default_factory=dict)  # what lies under the adapter, and its hash
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -65,6 +67,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             "step": checkpoint.step,
             "threads": checkpoint.threads,
             "processes": checkpoint.processes,
+            "frozen": dict(checkpoint.frozen),
             "versions": {"spf-kit": __version__, "torch": str(torch.__version__)},
         }
         (temporary / "checkpoint.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -90,6 +93,7 @@ def load(path: Path) -> Checkpoint:
             state["updater"],
             state["plugins"],
             state.get("selection", {}),
+            facts.get("frozen", {}),
         )
     except Exception as error:  # damage shows as a dozen kinds of error
         raise UserError(

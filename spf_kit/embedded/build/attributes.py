@@ -202,8 +202,22 @@ def caption(portrait: Portrait, rng: random.Random | None = None, keep: float = 
     return caption_of(portrait, kept_groups(portrait, rng, keep), rng)
 
 
+def swapped(portrait: Portrait, groups: Sequence[str]) -> Portrait | None:
+    """The portrait with the colours of hair and clothes exchanged; None where a caption could not tell."""
+    hair, clothes = portrait["hair_color"], portrait["clothing_color"]
+    shown = {"hair", "clothing"} <= set(groups) and portrait["headwear"] == "none"
+    if not shown or hair == clothes or hair not in CLOTHING_COLORS or clothes not in HAIR_COLORS:
+        return None
+    return {**portrait, "hair_color": clothes, "clothing_color": hair}
+
+
 def edited(portrait: Portrait, groups: Sequence[str], rng: random.Random) -> tuple[Portrait, list[str]]:
-    """A portrait that differs in one named attribute, or in one preset attribute, and what to name of it."""
+    """A portrait that differs in one named attribute, in one preset attribute, or by having the colours of
+    hair and clothes exchanged; and what to name of it.
+    """
+    exchanged = swapped(portrait, groups)
+    if exchanged and rng.random() < 0.5:
+        return exchanged, list(groups)
     other, present = dict(portrait), [a for a in PRESET if portrait[a] != "none"]
     chance = rng.random()
     if present and chance < 0.35:

@@ -4,10 +4,13 @@
         --tokenizer work/tokenizer --output work/clip
 
 Loss: the symmetric contrastive loss, where each picture also meets a hard negative for every caption of the
-batch (the caption of a portrait that differs in one attribute, or has one preset attribute more or less).
-A linear head on both towers' embeddings, shared and thrown away afterwards, predicts the attributes: it only
-makes the small towers learn faster. Pictures are blurred, shifted, noised and passed through the VAE, so that
-the scores hold on decoded and on generated pictures.
+batch (the caption of a portrait that differs in one attribute, has one preset attribute more or less, or
+wears the colours of hair and clothes the other way round). A linear head on both towers' embeddings, shared
+and thrown away afterwards, predicts the attributes: it only makes the small towers learn faster. A second
+one reads each phrase's attributes off the state of its last token, which is what the UNet is given: from
+the pooled embedding alone the text tower learns to tell captions apart, but not which colour belongs to
+what. Pictures are blurred, shifted, noised and passed through the VAE, so that the scores hold on decoded
+and on generated pictures.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from spf_kit.embedded.build.render import load
 
 HELD_OUT = 1024
 CLASSES = [(a, v) for a, values in at.ATTRIBUTES.items() for v in values]
+UNNAMED = -100  # cross_entropy leaves it out
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -62,21 +66,23 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 def captions(
     portraits: list[Portrait], rng: random.Random, focus: str | None = None
-) -> tuple[list[str], Tensor]:
-    """B captions, then B hard negatives; and which attributes the first B tell, (B, attributes) bool.
+) -> tuple[list[str], Tensor, list[list[str]]]:
+    """B captions, then B hard negatives; which attributes the first B tell, (B, attributes) bool; and the
+    groups that each of these names, in its order.
 
     With `focus`, half of the negatives differ in that preset attribute's presence.
     """
-    positive, negative, told = [], [], []
+    positive, negative, told, order = [], [], [], []
     for portrait in portraits:
         groups = at.kept_groups(portrait, rng)
         positive.append(at.caption_of(portrait, groups, rng))
+        order.append(groups)
         other, named = at.edited(portrait, groups, rng)
         if focus and rng.random() < 0.5:
             other, named = at.toggled(portrait, groups, focus, rng)
         negative.append(at.caption_of(other, named, rng))
         told.append([at.GROUP_OF.get(a, a) in groups or a in at.PRESET for a in at.ATTRIBUTES])
-    return positive + negative, torch.tensor(told)
+    return positive + negative, torch.tensor(told), order
 
 
 def labels(portraits: list[Portrait]) -> Tensor:
@@ -91,25 +97,50 @@ def head_loss(logits: Tensor, label: Tensor, told: Tensor) -> Tensor:
     return (loss * told).sum() / told.sum()
 
 
-def embed(clip: CLIPModel, tokens: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unnormalised (texts, 128) and (B, 128)."""
-    text = clip.text_projection(clip.text_model(**tokens).pooler_output)
-    image = clip.visual_projection(clip.vision_model(pixel_values=x).pooler_output)
-    return text.float(), image.float()
+def phrase_ends(input_ids: Tensor, comma: int, eos: int) -> list[list[int]]:
+    """Positions of the last token of each phrase but the first ("a portrait"), caption by caption."""
+    ends = []
+    for ids in input_ids.tolist():
+        stops = [i for i, token in enumerate(ids) if token == comma]
+        ends.append([i - 1 for i in [*stops[1:], ids.index(eos)]] if stops else [])
+    return ends
+
+
+def phrase_loss(
+    states: Tensor, reader: nn.Linear, ends: list[list[int]], order: list, label: Tensor
+) -> Tensor:
+    """Mean cross-entropy of the attributes that each phrase names, read off its last token.
+
+    States (B, tokens, 128); `order` names the group of each phrase, `label` (B, attributes) the classes.
+    """
+    where = [(b, i) for b, positions in enumerate(ends) for i in positions]
+    groups = [group for named in order for group in named]
+    rows = torch.tensor([b for b, _ in where])
+    named = torch.tensor([[at.GROUP_OF.get(a, a) == group for a in at.ATTRIBUTES] for group in groups])
+    logits = reader(states[rows, torch.tensor([i for _, i in where])]).float()
+    parts = logits.split([len(v) for v in at.ATTRIBUTES.values()], dim=1)
+    target = label[rows].masked_fill(~named, UNNAMED)
+    losses = [F.cross_entropy(x, target[:, i], reduction="sum") for i, x in enumerate(parts)]
+    return torch.stack(losses).sum() / named.sum()
 
 
 def loss_of(
-    clip: CLIPModel, head: nn.Linear, batch: tuple, told: Tensor, label: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Contrastive loss and the two heads' loss."""
-    text, image = embed(clip, *batch)
+    clip: CLIPModel, heads: nn.ModuleList, batch: tuple, told: Tensor, label: Tensor, ends: list, order: list
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contrastive loss, the two heads' loss on the embeddings, and the reader's loss on the token states."""
+    head, reader = heads
+    tokens, x = batch
+    output = clip.text_model(**tokens)
+    text = clip.text_projection(output.pooler_output).float()
+    image = clip.visual_projection(clip.vision_model(pixel_values=x).pooler_output).float()
     t, i = F.normalize(text, dim=1), F.normalize(image, dim=1)
     logits = clip.logit_scale.exp() * i @ t.T  # (B, 2B)
     target = torch.arange(len(i))
     contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(i)].T, target)) / 2
     seen = head_loss(head(image), label, torch.ones_like(told))
     read = head_loss(head(text[: len(i)]), label, told)
-    return contrast, seen + read
+    phrase = phrase_loss(output.last_hidden_state[: len(i)], reader, ends, order, label)
+    return contrast, seen + read, phrase
 
 
 @torch.no_grad()
@@ -159,6 +190,7 @@ def main() -> None:
     parser.add_argument(
         "--freeze-text", action="store_true", help="keep what the text encoder gives the UNet"
     )
+    parser.add_argument("--freeze-image", action="store_true", help="train the text tower alone")
     parser.add_argument("--vae", type=Path, help="also train on its reconstructions, once it is there")
     parser.add_argument("--focus", choices=list(at.TARGETS), help="see and contrast this one more often")
     parser.add_argument("--vae-from", type=float, default=0.6, help="share of the run")
@@ -172,13 +204,18 @@ def main() -> None:
     start(options.seed, options.threads)
     pictures, portraits = load(options.pictures)
     tokenizer = CLIPTokenizer.from_pretrained(options.tokenizer)
-    clip, head = new_clip(tokenizer), nn.Linear(128, len(CLASSES))
+    clip = new_clip(tokenizer)
+    heads = nn.ModuleList([nn.Linear(128, len(CLASSES)), nn.Linear(128, len(CLASSES))])
     clip.logit_scale.data.fill_(2.3)
     if options.initial:
         clip = CLIPModel.from_pretrained(options.initial, dtype=torch.float32)
     if options.freeze_text:
         clip.text_model.requires_grad_(False)
-    model = nn.ModuleList([clip, head])
+    if options.freeze_image:
+        clip.vision_model.requires_grad_(False)
+        clip.visual_projection.requires_grad_(False)
+    comma = tokenizer.convert_tokens_to_ids(",</w>")
+    model = nn.ModuleList([clip, heads])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.05)
     average, log = Average(clip, 0.995), Log(options.output / "log.jsonl")
@@ -198,13 +235,14 @@ def main() -> None:
             vae = AutoencoderKL.from_pretrained(options.vae).eval()
         index = np.random.choice(len(chance), size=options.batch, p=chance)
         chosen = [portraits[i] for i in index]
-        texts, told = captions(chosen, rng, options.focus)
+        texts, told, order = captions(chosen, rng, options.focus)
         tokens = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+        ends = phrase_ends(tokens["input_ids"][: len(chosen)], comma, tokenizer.eos_token_id)
         with torch.autocast("cpu", torch.bfloat16):
             x = augment(to_tensor(pictures[index]), vae)
-            contrast, heads = loss_of(clip, head, (tokens, x), told, labels(chosen))
+            parts = loss_of(clip, heads, (tokens, x), told, labels(chosen), ends, order)
         optimizer.zero_grad(set_to_none=True)
-        (contrast + heads).backward()
+        torch.stack(parts).sum().backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         clip.logit_scale.data.clamp_(max=4.6)
@@ -212,7 +250,8 @@ def main() -> None:
         budget.advance()
         step = budget.step
         if step % 25 == 0:
-            log(step=step, contrast=contrast.item(), heads=heads.item(), scale=clip.logit_scale.item())
+            named = zip(("contrast", "heads", "phrases"), parts, strict=True)
+            log(step=step, scale=clip.logit_scale.item(), **{k: v.item() for k, v in named})
         if time.time() - saved > 150 or step == 20:
             saved = time.time()
             average.swap()

@@ -28,12 +28,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def drawing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """render.py, which the scripts read caches with, draws with packages that only the build needs."""
+    for name in ("python_avatars", "resvg_py"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name, type(sys)(name)))
+
+
 def test_a_number_of_steps_makes_the_same_unet(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # render.py, which the script reads caches with, draws with packages that only the build needs
-    for name in ("python_avatars", "resvg_py"):
-        monkeypatch.setitem(sys.modules, name, sys.modules.get(name, type(sys)(name)))
     from spf_kit.embedded.build import unet
 
     weights = []
@@ -66,3 +70,72 @@ def test_a_budget_of_minutes_ends() -> None:
         sum(range(10000))
         budget.advance()
     assert budget.spent >= 0.12
+
+
+def test_noise_weighed_is_the_error_of_v_prediction() -> None:
+    """v = sqrt(a) eps - sqrt(1 - a) x0, from two noise predictions for the same noisy latents, in float64."""
+    from diffusers import DDPMScheduler
+
+    from spf_kit.embedded.build.unet import noise_weights
+
+    scheduler = DDPMScheduler.from_pretrained(embedded.base_path() / "scheduler")
+    weights = noise_weights(scheduler)
+    assert weights.mean().item() == pytest.approx(1.0, rel=1e-5)
+    source = torch.Generator().manual_seed(0)
+    noisy, one, two = torch.randn(3, 4, 16, 16, dtype=torch.float64, generator=source)
+    ratios = []
+    for t in (0, 300, 800, 999):
+        a = scheduler.alphas_cumprod[t].double()
+
+        def velocity(eps: torch.Tensor, a: torch.Tensor = a) -> torch.Tensor:
+            x0 = (noisy - (1 - a).sqrt() * eps) / a.sqrt()
+            return a.sqrt() * eps - (1 - a).sqrt() * x0
+
+        error = (velocity(one) - velocity(two)).square().mean()
+        ratios.append((error / (weights[t].double() * (one - two).square().mean())).item())
+    assert ratios == pytest.approx([ratios[0]] * 4, rel=1e-4)
+
+
+def test_exchanged_colours_are_captions_of_the_other_portrait() -> None:
+    rng, seen = random.Random(0), 0
+    for _ in range(300):
+        portrait = at.draw_uniform(rng)
+        other = at.swapped(portrait, at.GROUPS)
+        assert at.swapped(portrait, ["skin", "hair", "mouth"]) is None  # the clothes are not named
+        hair, clothes = portrait["hair_color"], portrait["clothing_color"]
+        if other is None:
+            hidden = portrait["headwear"] != "none"
+            assert hidden or hair == clothes or hair in ("blonde", "gray") or clothes in ("green", "yellow")
+            continue
+        seen += 1
+        assert {key for key in portrait if other[key] != portrait[key]} == {"hair_color", "clothing_color"}
+        assert (other["hair_color"], other["clothing_color"]) == (clothes, hair)
+    assert seen > 30
+
+
+def test_each_phrase_is_read_off_its_own_last_token() -> None:
+    """A reader that is right at these tokens, and at no other, has no loss."""
+    from transformers import CLIPTokenizer
+
+    from spf_kit.embedded.build import clip
+
+    tokenizer = CLIPTokenizer.from_pretrained(embedded.base_path() / "tokenizer")
+    rng = random.Random(1)
+    portraits = [at.draw_uniform(rng) for _ in range(20)]
+    texts, _, order = clip.captions(portraits, rng)
+    ids = tokenizer(texts[:20], padding=True, return_tensors="pt").input_ids
+    ends = clip.phrase_ends(ids, tokenizer.convert_tokens_to_ids(",</w>"), tokenizer.eos_token_id)
+    label = clip.labels(portraits)
+    states = torch.zeros(20, ids.shape[1], len(clip.CLASSES))
+    for row, (text, positions, groups) in enumerate(zip(texts[:20], ends, order, strict=True)):
+        phrases = text.split(", ")[1:]
+        assert len(phrases) == len(positions) == len(groups)
+        for phrase, position, group in zip(phrases, positions, groups, strict=True):
+            assert phrase.endswith(tokenizer.decode(ids[row, position]).strip())
+            for number, (attribute, value) in enumerate(clip.CLASSES):
+                named = at.GROUP_OF.get(attribute, attribute) == group
+                states[row, position, number] = 50.0 if named and portraits[row][attribute] == value else 0.0
+    reader = torch.nn.Identity()
+    assert clip.phrase_loss(states, reader, ends, order, label).item() < 1e-6
+    shifted = [[position - 1 for position in positions] for positions in ends]
+    assert clip.phrase_loss(states, reader, shifted, order, label).item() > 1

@@ -313,7 +313,9 @@ def test_a_mask_that_goes_while_training(square: tuple[Path, Path]) -> None:
     for name in ("a", "b", "sub/c"):
         save(Image.new("L", (64, 64)), masks / f"{name}.png")
     dataset = Dataset.prepare(settings(pictures), TARGET, FAMILY, masks=str(masks))
+    before = dataset.info()
     (masks / "b.png").unlink()
+    assert dataset.info() == before  # the end of a run asks for it: what was trained must not be lost there
     with pytest.raises(UserError, match=r"b\.png' cannot be opened: .*it was there at the start"):
         dataset.batch(0, 0, 3)
 

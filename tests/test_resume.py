@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from spf_kit import config
+from spf_kit import config, embedded
 from spf_kit.config import Resolved
 from spf_kit.errors import UserError
 from spf_kit.training import checkpoint, trainer
@@ -189,6 +189,7 @@ def test_a_finished_run_may_grow(finished: Path, resolve: Callable[..., Resolved
     assert config.load(str(run / "config.toml")).config.train.steps == 3
     with pytest.raises(UserError, match=r"to have 2 steps but has done 3 already: raise train\.steps"):
         trainer.train(resolve("train.steps=2"), run, resume=True)
+    assert config.load(str(run / "config.toml")).config.train.steps == 3
 
 
 def test_another_configuration_is_refused_with_every_difference(
@@ -204,6 +205,24 @@ def test_another_configuration_is_refused_with_every_difference(
         trainer.train(resolve("train.steps=2", "train.ema=0.9"), finished, resume=True)
     with pytest.raises(UserError, match=r"loss was \['denoising'\] and is now"):
         trainer.train(resolve("train.steps=2", recipe="output-preservation"), finished, resume=True)
+
+
+def test_another_base_under_the_same_name_is_refused(pictures: Path, tmp_path: Path) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(embedded.base_path(), base)
+
+    def resolved(steps: int) -> Resolved:
+        sets = [*SMALL, f"train.steps={steps}"]
+        return config.load("glasses", data=pictures, base=str(base), recipe="naive", sets=sets)
+
+    trainer.train(resolved(1), run)
+    file = base / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    save_file({key: value * 1.01 for key, value in weights.items()}, file)
+    with pytest.raises(UserError, match=r"the base model '.*base' changed since the run in '.*run' began"):
+        trainer.train(resolved(2), run, resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_damaged_checkpoint_is_named(

@@ -10,7 +10,6 @@ two processes that ask for their halves get together what one process would have
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from spf_kit.data.buckets import (
 from spf_kit.data.cache import LatentCache, Latents, View
 from spf_kit.data.captions import Caption, derive, fit, shuffled
 from spf_kit.data.check import Report, check, sizes_for, too_small, window
+from spf_kit.data.facts import facts
 from spf_kit.data.masks import Masks
 from spf_kit.data.pictures import Picture, Progress, Scan, scan
 from spf_kit.data.random import generator, uniform
@@ -90,6 +90,7 @@ class Dataset:
         self._count_tokens = family.count_tokens
         self._cache = cache
         self._masks = masks
+        self.mask_hashes = masks.hashes([e.picture for e in entries]) if masks else {}
         # of each sample of an epoch: its entry and which repeat of it this is
         self._samples = [
             (i, turn) for i, entry in enumerate(entries) for turn in range(entry.picture.repeats)
@@ -201,20 +202,8 @@ class Dataset:
         return {""} | {text for e in self.entries for text in (e.caption.base, e.caption.full)}
 
     def info(self) -> dict[str, Any]:
-        """What the LoRA file says about its data, as JSON: counts, buckets, tags, hashes, warnings."""
-        return {
-            "pictures": len(self.entries),
-            "samples": len(self),
-            "target": self.target,
-            "captions_with_target": sum(e.caption.names_target for e in self.entries),
-            "resolution": self.cfg.resolution,
-            "folders": self._folder_info(),
-            "buckets": self._bucket_info(),
-            "tag_frequencies": self._tag_frequencies(),
-            "content_hashes": {e.picture.sample_id: e.picture.content_hash for e in self.entries},
-            "mask_hashes": self._masks.hashes([e.picture for e in self.entries]) if self._masks else {},
-            "warnings": {kind: len(items) for kind, items in self.report.warnings.items()},
-        }
+        """What the LoRA file says about its data, see `facts.facts`."""
+        return facts(self)
 
     # --- one draw -----------------------------------------------------------------------------------------
 
@@ -256,36 +245,6 @@ class Dataset:
         for sample, (number, turn) in enumerate(self._samples):
             groups.setdefault(self.entries[number].bucket, {}).setdefault(turn, []).append(sample)
         return [[rounds[turn] for turn in sorted(rounds)] for _, rounds in sorted(groups.items())]
-
-    # --- facts --------------------------------------------------------------------------------------------
-
-    def _folder_info(self) -> dict[str, dict[str, int]]:
-        folders: dict[str, dict[str, int]] = {}
-        for entry in self.entries:
-            counts = folders.setdefault(
-                entry.picture.folder, {"pictures": 0, "repeats": entry.picture.repeats}
-            )
-            counts["pictures"] += 1
-        return folders
-
-    def _bucket_info(self) -> list[dict[str, int]]:
-        pictures = Counter(entry.bucket for entry in self.entries)
-        samples = Counter(self.entries[number].bucket for number, _ in self._samples)
-        return [
-            {"width": b.width, "height": b.height, "pictures": pictures[b], "samples": samples[b]}
-            for b in sorted(pictures)
-        ]
-
-    def _tag_frequencies(self) -> dict[str, dict[str, int]]:
-        """For each folder, how many captions hold a tag. The target counts for every picture."""
-        counts: dict[str, Counter[str]] = {}
-        for entry in self.entries:
-            words = {*entry.caption.phrases, self.target}
-            counts.setdefault(entry.picture.folder, Counter()).update(words)
-        return {
-            folder: dict(sorted(tags.items(), key=lambda item: (-item[1], item[0])))
-            for folder, tags in counts.items()
-        }
 
 
 def survey(

@@ -84,11 +84,20 @@ class Masks:
         return ([self._missing(missing, len(pictures))] if missing else []) + list(dict.fromkeys(found))
 
     def hashes(self, pictures: Sequence[Picture]) -> dict[str, str]:
-        """SHA-256 of the file that holds each picture's mask, by sample id."""
+        """SHA-256 of the file that holds each picture's mask, by sample id.
+
+        Raises UserError if one has gone since `errors` looked at it.
+        """
         if self.source == ALPHA:
             return {picture.sample_id: picture.file_hash for picture in pictures}
-        found = {p.sample_id: self._files.get(_stem(p.sample_id), []) for p in pictures}
-        return {name: sha256(files[0]) for name, files in found.items() if len(files) == 1}
+        found: dict[str, str] = {}
+        for picture in pictures:
+            for path in self._files.get(_stem(picture.sample_id), [])[:1]:
+                try:
+                    found[picture.sample_id] = sha256(path)
+                except OSError as error:
+                    raise UserError(_unreadable(path, error)) from error
+        return found
 
     # --- one mask -----------------------------------------------------------------------------------------
 
@@ -107,7 +116,7 @@ class Masks:
             data = path.read_bytes()
             image = decode_alpha(data) if self.source == ALPHA else decode_mask(data)
         except OSError as error:
-            return None, f"the mask {str(path)!r} cannot be opened: {error.strerror or error}"
+            return None, _unreadable(path, error)
         except Unreadable as error:
             return None, f"the mask {str(path)!r} {error}: replace it"
         if image is not None and not _alike(image, picture):
@@ -144,6 +153,10 @@ class Masks:
                 if Path(name).suffix.lower() in EXTENSIONS:
                     stem = _stem(relative_name(directory / name, root))
                     self._files.setdefault(stem, []).append(directory / name)
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"the mask {str(path)!r} cannot be opened: {error.strerror or error}"
 
 
 def _stem(name: str) -> str:

@@ -29,7 +29,7 @@ def save(s: Session, number: int) -> None:
             s.updater.state_dict(),
             states,
             s.selection.state_dict() if s.selection else {},
-            _frozen(s),
+            s.frozen,
         )
         checkpoint.save(s.folder.checkpoints, saved, keep=s.config.train.keep_checkpoints)
     s.accelerator.wait_for_everyone()
@@ -61,7 +61,7 @@ def restore(s: Session, saved: Checkpoint) -> int:
         raise UserError(
             f"the run is to have {s.total} steps but has done {saved.step} already: raise train.steps"
         )
-    changed = [name for name, value in _frozen(s).items() if saved.frozen.get(name, value) != value]
+    changed = [name for name, value in s.frozen.items() if saved.frozen.get(name, value) != value]
     if changed:
         raise UserError(
             f"{' and '.join(changed)} changed since the run in {str(s.folder.path)!r} began, and what it has "
@@ -75,12 +75,3 @@ def restore(s: Session, saved: Checkpoint) -> int:
     for plugin in s.plugins:
         plugin.load_state_dict(states.get(plugin.id, {}))
     return saved.step
-
-
-def _frozen(s: Session) -> dict[str, str]:
-    """What the adapter lies on, by the names that a message gives it, and the hash of its weights.
-
-    A folder or file may be replaced under its name between the two halves of a run.
-    """
-    earlier = {f"the earlier LoRA {str(entry.path)!r}": entry.sha256 for entry in s.earlier.entries}
-    return {f"the base model {s.config.base.model!r}": s.family.base_hash(), **earlier}

@@ -55,6 +55,7 @@ class Session:
     threads: int
     report: Report
     earlier: Earlier  # LoRAs under the adapter; never switched off
+    frozen: Mapping[str, str]  # what lies under the adapter, by a name for messages, and its hash
     selection: Selection | None = None  # where drift is measured
 
     def phase(self, name: str) -> Callable[[int, int, str], None]:
@@ -122,6 +123,10 @@ def open_session(
     torch.set_num_threads(threads)
     # before anything is drawn or any text is encoded: from here on they are part of the frozen model
     earlier = Earlier.attach(family, config.adapter.on)
+    frozen = {
+        f"the base model {config.base.model!r}": family.base_hash(),
+        **{f"the earlier LoRA {str(entry.path)!r}": entry.sha256 for entry in earlier.entries},
+    }
 
     dataset = Dataset.prepare(
         config.data, config.attribute.target, family,
@@ -130,7 +135,7 @@ def open_session(
     )  # fmt: skip
     warnings = [*dataset.report.lines(), *optimizers.advice(config.train), *idle]
     report(len(dataset), len(dataset), {"phase": "reading pictures", "warnings": warnings})
-    if processes.is_main_process:
+    if processes.is_main_process and not folder.config.is_file():
         folder.claim(resolved)
     prior_data = _prior(config, plugins, family, base_prompts(dataset), folder, processes, report)
 
@@ -154,7 +159,7 @@ def open_session(
     opened = Session(
         config, folder, processes, family, handle, model, dataset, prior_data, plugins,
         _updater(config, handle, total, processes), _preview(config, model, dataset, plugins),
-        total, threads, report, earlier,
+        total, threads, report, earlier, frozen,
     )  # fmt: skip
     opened.selection = _selection(opened)
     return opened

@@ -83,6 +83,8 @@ def train(
                 resolved, folder, processes, report or (lambda *_: None), saved.threads if saved else None
             )
             start = resuming.restore(s, saved) if saved else 0
+            if processes.is_main_process:
+                folder.claim(resolved)  # what may change, only once nothing refuses it any more
         _loop(s, start, how_to_resume)
         lora = _finish(s, resolved, started)
     captions = session.base_prompts(s.dataset)

@@ -181,7 +181,29 @@ def save(clip: CLIPModel, tokenizer: CLIPTokenizer, output: Path) -> None:
     text.half().save_pretrained(output / "text_encoder")
 
 
-def main() -> None:
+def models(options: argparse.Namespace, tokenizer: CLIPTokenizer) -> tuple[CLIPModel, nn.ModuleList]:
+    """The pair, new or gone on with, its frozen tower without gradients; and the two heads."""
+    clip = new_clip(tokenizer)
+    heads = nn.ModuleList([nn.Linear(128, len(CLASSES)), nn.Linear(128, len(CLASSES))])
+    clip.logit_scale.data.fill_(2.3)
+    if options.initial:
+        clip = CLIPModel.from_pretrained(options.initial, dtype=torch.float32)
+    clip.text_model.requires_grad_(not options.freeze_text)
+    for module in (clip.vision_model, clip.visual_projection):
+        module.requires_grad_(not options.freeze_image)
+    return clip, heads
+
+
+def chances(portraits: list[Portrait], focus: str | None) -> np.ndarray:
+    """How often each picture is drawn, summing to 1; those that show `focus` four times as often."""
+    chance = np.ones(len(portraits))
+    if focus:
+        attribute, value = at.TARGETS[focus]
+        chance *= [4.0 if p[attribute] == value else 1.0 for p in portraits]
+    return chance / chance.sum()
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
@@ -200,37 +222,34 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     start(options.seed, options.threads)
     pictures, portraits = load(options.pictures)
     tokenizer = CLIPTokenizer.from_pretrained(options.tokenizer)
-    clip = new_clip(tokenizer)
-    heads = nn.ModuleList([nn.Linear(128, len(CLASSES)), nn.Linear(128, len(CLASSES))])
-    clip.logit_scale.data.fill_(2.3)
-    if options.initial:
-        clip = CLIPModel.from_pretrained(options.initial, dtype=torch.float32)
-    if options.freeze_text:
-        clip.text_model.requires_grad_(False)
-    if options.freeze_image:
-        clip.vision_model.requires_grad_(False)
-        clip.visual_projection.requires_grad_(False)
+    clip, heads = models(options, tokenizer)
     comma = tokenizer.convert_tokens_to_ids(",</w>")
-    model = nn.ModuleList([clip, heads])
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in nn.ModuleList([clip, heads]).parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.05)
     average, log = Average(clip, 0.995), Log(options.output / "log.jsonl")
     held = to_tensor(pictures[-HELD_OUT:]), portraits[-HELD_OUT:]
+    chance = chances(portraits[:-HELD_OUT], options.focus)
     rng, vae = random.Random(options.seed), None
-    chance = np.ones(len(pictures) - HELD_OUT)
-    if options.focus:
-        attribute, value = at.TARGETS[options.focus]
-        chance *= [4.0 if p[attribute] == value else 1.0 for p in portraits[:-HELD_OUT]]
-    chance /= chance.sum()
     budget, saved = Budget(options.minutes, options.steps), time.time()
+
+    def keep() -> None:
+        average.swap()
+        log(step=budget.step, scores=scores(clip, tokenizer, *held))
+        save(clip, tokenizer, options.output)
+        average.swap()
+
     while budget.share < 1:
         for group in optimizer.param_groups:
             group["lr"] = budget.factor() * options.lr
-        late = budget.share > options.vae_from
+        late = budget.share >= options.vae_from
         if vae is None and options.vae and late and (options.vae / "config.json").exists():
             vae = AutoencoderKL.from_pretrained(options.vae).eval()
         index = np.random.choice(len(chance), size=options.batch, p=chance)
@@ -248,19 +267,13 @@ def main() -> None:
         clip.logit_scale.data.clamp_(max=4.6)
         average.update()
         budget.advance()
-        step = budget.step
-        if step % 25 == 0:
+        if budget.step % 25 == 0:
             named = zip(("contrast", "heads", "phrases"), parts, strict=True)
-            log(step=step, scale=clip.logit_scale.item(), **{k: v.item() for k, v in named})
-        if time.time() - saved > 150 or step == 20:
+            log(step=budget.step, scale=clip.logit_scale.item(), **{k: v.item() for k, v in named})
+        if time.time() - saved > 150 or budget.step == 20:
             saved = time.time()
-            average.swap()
-            log(step=step, scores=scores(clip, tokenizer, *held))
-            save(clip, tokenizer, options.output)
-            average.swap()
-    average.swap()
-    log(step=budget.step, scores=scores(clip, tokenizer, *held))
-    save(clip, tokenizer, options.output)
+            keep()
+    keep()
 
 
 if __name__ == "__main__":

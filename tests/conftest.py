@@ -86,12 +86,18 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three pictures with glasses and their captions, a copy for each file of tests."""
+def picture_count() -> int:
+    """Of `pictures`. A file of tests whose numbers need another says so."""
+    return 3
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory, picture_count: int) -> Path:
+    """Pictures with glasses and their captions, a copy for each file of tests."""
     from spf_kit import embedded
 
     folder = tmp_path_factory.mktemp("pictures")
-    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:3]:
+    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:picture_count]:
         shutil.copy(picture, folder)
         shutil.copy(picture.with_suffix(".txt"), folder)
     return folder

@@ -57,12 +57,8 @@ def pair() -> ClipPair:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:4]:
-        shutil.copy(picture, folder)
-        shutil.copy(picture.with_suffix(".txt"), folder)
-    return folder
+def picture_count() -> int:
+    return 4
 
 
 @pytest.fixture(scope="module")

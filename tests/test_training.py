@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spf_kit import config, embedded, families, losses, schema
+from spf_kit import config, families, losses, schema
 from spf_kit.adapters.inject import AdapterHandle
 from spf_kit.config import Resolved
 from spf_kit.data.dataset import Dataset
@@ -39,13 +38,8 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four of the embedded pictures with their captions."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:4]:
-        shutil.copy(picture, folder)
-        shutil.copy(picture.with_suffix(".txt"), folder)
-    return folder
+def picture_count() -> int:
+    return 4
 
 
 @pytest.fixture(scope="module")

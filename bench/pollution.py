@@ -6,8 +6,9 @@
 `run` trains each cell (attribute, recipe, seed) with the same data, steps and rank, draws the same prompts
 with the same seeds as the base, and writes DIR/cells/ATTRIBUTE.RECIPE.SEED.json. What is there is not made
 again, so an interrupted run goes on. A cell is a curve: the recipe's checkpoints and reduced strengths of
-its last one (see `bench/pollution.toml`, which lists the recipes). `table` makes tables and contact
-sheets. Weights and schedules were tuned with `--prompts tune`, never on the prompts that are reported.
+its last one (see `bench/pollution.toml`, which lists the recipes), of which response and pollution alone are
+measured. Drift is that of the first 24 prompts. `table` makes tables and contact sheets. Weights and
+schedules were tuned with `--prompts tune`, never on the prompts that are reported.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from typing import Any
 HERE = Path(__file__).parent
 ATTRIBUTES = ("glasses", "sunglasses", "eyepatch", "beard", "moustache", "winter-hat")
 COUNT = 96
+DRIFT_COUNT = 24
+OF_PLAIN = ("leakage", "leaked", "drift_plain", "drift_target", "ssim_plain", "mae_plain")
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def measure_cell(cell: Cell, recipe: Recipe, options: argparse.Namespace) -> dic
     pace = sorted(line["seconds"] for line in told[len(told) // 2 :])
     found = {
         "attribute": cell.attribute, "recipe": cell.recipe, "seed": cell.seed, "prompts": options.prompts,
-        "count": options.count, "sampler_steps": options.steps, "settings": sets,
+        "count": options.count, "sampler_steps": options.steps, "settings": [*sets, *options.sets],
         "training_cpu_seconds": round(seconds, 1),
         "seconds_per_step_late": round(pace[len(pace) // 2], 4), "points": rows,
     }  # fmt: skip
@@ -114,31 +117,65 @@ def _points(
     """A row for each (step, strength), the base's own among its keys."""
     from safetensors.torch import load_file
 
-    from spf_kit.measure.evaluate import measure
-    from spf_kit.measure.rows import summary
-
     final = result.handle.state_dict()
     for (step, strength), evaluate in points.items():
-        base = KeptBase(output, attribute.target, evaluate)
+        whole = (step, strength) == list(points)[-1]
         state = final
         if step != result.steps:
             state = load_file(result.run / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors")
         result.handle.load_state_dict(state)
-        found = measure(
-            result.family, {"lora": result.handle}, evaluate, attribute, strength=strength,
-            drawn=base.pictures,
-        )  # fmt: skip
-        base.keep(found.base)
-        row, own = found.data["loras"]["lora"], found.data["base"]
-        keys = ("response", "preservation", "leakage", "response_clip")
-        yield {
-            **{key: value for key, value in summary(row).items() if isinstance(value, int | float)},
-            "step": step, "strength": strength, "count": len(found.captions),
-            "base": {key: own[key] for key in keys},
-            "changed": row["changed"], "leaked": row["leaked"],
-        }  # fmt: skip
-        if (step, strength) == list(points)[-1]:
-            _keep_pictures(found, cell.file(output).with_suffix(".safetensors"))
+        result.handle.set_strength(strength)
+        kept = KeptBase(output, attribute.target, evaluate)
+        measured = Measured(result.family, result.handle, evaluate, attribute, kept)
+        yield {**measured.row(whole), "step": step, "strength": strength}
+        if whole:
+            _keep_pictures(measured, cell.file(output).with_suffix(".safetensors"))
+
+
+class Measured:
+    """The pictures of one point, beside the base's."""
+
+    def __init__(self, family: Any, handle: Any, evaluate: Any, attribute: Any, kept: KeptBase) -> None:
+        from spf_kit.measure.evaluate import setup_of
+
+        self.setup, self.handle = setup_of(family, evaluate, attribute), handle
+        with handle.disabled():
+            self.base = kept.pictures or self.setup.draw(None)
+        kept.keep(self.base)
+
+    def row(self, whole: bool) -> dict[str, Any]:
+        """Numbers by name; what is not `whole` has no plain pictures, so neither leakage nor drift."""
+        from spf_kit.measure.judges import Pictures
+        from spf_kit.measure.rows import row_of, summary
+
+        setup, count = self.setup, len(self.setup.seeds)
+        of_base = row_of(setup, self.base, self.base, ([0.0] * count,) * 2)
+        drift = self._drift() if whole else (0.0, 0.0)
+        self.handle.on()
+        self.lora = setup.draw(None) if whole else Pictures(setup.asked(None), self.base.plain)
+        row = row_of(setup, self.lora, self.base, tuple([value] * count for value in drift))
+        numbers = {key: value for key, value in summary(row).items() if isinstance(value, int | float)}
+        found = {
+            **numbers,
+            "pollution": of_base["preservation"] - row["preservation"],
+            "base": {key: of_base[key] for key in ("response", "preservation", "leakage", "response_clip")},
+            "changed": row["changed"],
+            "leaked": row["leaked"],
+        }
+        return found if whole else {key: value for key, value in found.items() if key not in OF_PLAIN}
+
+    def _drift(self) -> tuple[float, float]:
+        """Without and with the target, of the first prompts."""
+        from dataclasses import replace
+
+        from spf_kit.measure.judges import Pictures
+
+        captions, seeds = self.setup.captions[:DRIFT_COUNT], self.setup.seeds[:DRIFT_COUNT]
+        few = replace(self.setup, captions=captions, seeds=seeds)
+        with self.handle.disabled():
+            plain, asked = few.probes(Pictures(self.base.asked[:DRIFT_COUNT], self.base.plain[:DRIFT_COUNT]))
+        self.handle.on()
+        return float(plain.measure().mean()), float(asked.measure().mean())
 
 
 @dataclass
@@ -178,14 +215,14 @@ def _keep_pictures(found: Any, file: Path, count: int = 8) -> None:
 
     from spf_kit.files import atomic
 
-    drawn = {"base": found.base, "lora": found.pictures["lora"]}
+    drawn = {"base": found.base, "lora": found.lora}
     tensors = {
         f"{name}.{kind}": (getattr(pictures, kind)[:count] * 255).round().byte().contiguous()
         for name, pictures in drawn.items()
         for kind in ("asked", "plain")
     }
     with atomic(file) as path:
-        save_file(tensors, path, {"prompts": json.dumps([c.base for c in found.captions[:count]])})
+        save_file(tensors, path, {"prompts": json.dumps([c.base for c in found.setup.captions[:count]])})
 
 
 def cells_of(options: argparse.Namespace) -> list[Cell]:

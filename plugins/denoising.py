@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from spf_kit.losses import Field, Loss, Step, Tensor, model_validator, per_sample, register
@@ -29,6 +30,10 @@ class Denoising(Loss):
 
     So min-SNR gives min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v, and the debiased
     weight is 1 / sqrt(SNR) for epsilon. Huber: Khrapov et al. 2024, arXiv:2403.16728.
+
+    `x0_weight` is our addition: lambda(t) = min(max(SNR, 1), gamma), and w(t) is at most `x0_weight`. So at
+    high noise, where a sampler decides what a picture is of, errors count as of the clean picture; in
+    epsilon prediction they are small numbers there. With gamma = 1, epsilon: min(1 / SNR, x0_weight).
     """
 
     kind: Literal["l2", "l1", "huber"] = Field("l2", description="distance d(r) of prediction and target")
@@ -36,10 +41,16 @@ class Denoising(Loss):
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; 5 is usual, unset: none")
     debiased: bool = Field(False, description="debiased-estimation weighting; not together with min-SNR")
 
+    x0_weight: float | None = Field(
+        None, gt=0, description="at high noise errors count as of the clean picture, at most so often"
+    )
+
     @model_validator(mode="after")
     def _one_weighting(self) -> Denoising:
         if self.debiased and self.min_snr_gamma is not None:
             raise ValueError("min_snr_gamma and debiased are two weightings of the same thing: choose one")
+        if self.debiased and self.x0_weight is not None:
+            raise ValueError("x0_weight and debiased are two weightings of the same thing: choose one")
         return self
 
     def __call__(self, step: Step) -> Tensor:
@@ -57,13 +68,18 @@ class Denoising(Loss):
 
     def timestep_weight(self, snr: Tensor, prediction_type: str) -> Tensor | float:
         """w(t) of a signal-to-noise ratio, (B,) to (B,); 1 where no weighting is chosen."""
-        if self.min_snr_gamma is None and not self.debiased:
-            return 1.0
         # lambda times factor, simplified by hand: SNR = 0 and SNR = inf exist, at the ends of a flow
         if self.debiased:
             root = snr.sqrt()
             over = {"epsilon": root, "v_prediction": root + 1 / root, "flow": root + 2 + 1 / root}
             return 1 / over[prediction_type]
+        if self.x0_weight is not None:
+            snr = snr.clamp(1e-8, 1e8)
+            of_clean = {"epsilon": snr, "v_prediction": snr + 1, "flow": (1 + snr.sqrt()) ** 2}
+            weight = snr.clamp(1, self.min_snr_gamma or math.inf) / of_clean[prediction_type]
+            return weight.clamp(max=self.x0_weight)
+        if self.min_snr_gamma is None:
+            return 1.0
         if prediction_type == "epsilon":
             return (self.min_snr_gamma / snr).clamp(max=1.0)
         clean = snr.clamp(max=self.min_snr_gamma)

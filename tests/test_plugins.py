@@ -86,20 +86,26 @@ def test_huber_is_square_near_zero_and_linear_far_away() -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-@pytest.mark.parametrize("weighting", ["min_snr", "debiased"])
+@pytest.mark.parametrize("weighting", ["min_snr", "debiased", "x0", "x0 and min_snr"])
 def test_weights_are_those_of_the_clean_picture(kind: str, weighting: str) -> None:
     """lambda(SNR) |x0 - x0_hat|^2, with x0_hat computed from the prediction, equals the weighted loss."""
     step = make_step(kind)
     latents, noise, t = step.latents, step.noise, step.timesteps
     noisy, target = step.process.add_noise(latents, noise, t), step.process.target(latents, noise, t)
     prediction = target + 0.1 * step.response.prediction.detach()
-    fields = {"min_snr_gamma": 5.0} if weighting == "min_snr" else {"debiased": True}
+    fields = {
+        "min_snr": {"min_snr_gamma": 5.0}, "debiased": {"debiased": True}, "x0": {"x0_weight": 1e9},
+        "x0 and min_snr": {"x0_weight": 1e9, "min_snr_gamma": 2.0},
+    }[weighting]  # fmt: skip
     passes = {"response": ModelPass(prediction)}
     value = SHIPPED["denoising"](**fields)(
         Step(latents, noise, noisy, t, target, step.process, [], [], passes=passes)
     )
     ratio = snr(kind, t)
-    weight = ratio.clamp(max=5.0) if weighting == "min_snr" else ratio.sqrt()
+    weight = {
+        "min_snr": ratio.clamp(max=5.0), "debiased": ratio.sqrt(), "x0": ratio.clamp(min=1.0),
+        "x0 and min_snr": ratio.clamp(min=1.0, max=2.0),
+    }[weighting]  # fmt: skip
     clean_error = (latents - step.process.clean(noisy, prediction, t)).square().flatten(1).mean(1)
     assert torch.allclose(value, weight * clean_error, rtol=2e-3)  # the process computes in float32
 
@@ -114,7 +120,13 @@ def test_min_snr_weights_are_the_published_ones() -> None:
     assert torch.allclose(denoising.timestep_weight(ratio, "v_prediction"), expected)
 
 
-@pytest.mark.parametrize("fields", [{"min_snr_gamma": 5.0}, {"debiased": True}])
+def test_x0_weight_is_limited() -> None:
+    ratio = torch.tensor([0.0, 0.01, 0.1, 0.5, 4.0], dtype=F64)
+    weights = SHIPPED["denoising"](min_snr_gamma=1.0, x0_weight=20.0).timestep_weight(ratio, "epsilon")
+    assert torch.allclose(weights, torch.tensor([20, 20, 10, 2, 0.25], dtype=F64))
+
+
+@pytest.mark.parametrize("fields", [{"min_snr_gamma": 5.0}, {"debiased": True}, {"x0_weight": 20.0}])
 @pytest.mark.parametrize("kind", ["v_prediction", "flow"])
 def test_weights_stay_finite_at_both_ends(fields: dict, kind: str) -> None:
     ends = torch.tensor([0.0, math.inf])
@@ -122,6 +134,8 @@ def test_weights_stay_finite_at_both_ends(fields: dict, kind: str) -> None:
 
 
 def test_two_weightings_are_refused() -> None:
+    with pytest.raises(ValidationError, match="choose one"):
+        SHIPPED["denoising"](x0_weight=5.0, debiased=True)
     with pytest.raises(ValidationError, match="choose one"):
         SHIPPED["denoising"](min_snr_gamma=5.0, debiased=True)
     with pytest.raises(ValidationError, match="remove it"):

@@ -145,6 +145,11 @@ def measure(
 # --- prompts ----------------------------------------------------------------------------------------------
 
 
+def setup_of(family: Family, config: schema.Evaluate, attribute: schema.Attribute) -> Setup:
+    """What the models of one base are measured with, for measurements that `measure` does not make."""
+    return _prepare(family, config, attribute, None, (), 1, 1, SAMPLER, ())
+
+
 def prompts_of(family: Family, config: schema.Evaluate, captions: Sequence[str]) -> list[str]:
     """The prompts to judge with: the user's, the embedded base's, or the captions of the data, each once.
 

@@ -15,6 +15,8 @@ from spf_kit.measure.pixels import mae, outside, ssim
 from spf_kit.sampling import generate
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from spf_kit import schema
     from spf_kit.data.captions import Caption
     from spf_kit.families.base import Family
@@ -40,12 +42,18 @@ class Setup:
     def draw(self, progress: Progress | None) -> Pictures:
         """Pictures of the model as it is now, adapters as they are: c_full and c_base in one go."""
         texts = [c.full for c in self.captions] + [c.base for c in self.captions]
-        pictures = generate(
-            self.family, texts, self.seeds * 2, steps=self.config.steps, cfg=self.config.cfg,
+        return Pictures(*self._drawn(texts, self.seeds * 2, progress).chunk(2))
+
+    def asked(self, progress: Progress | None) -> Tensor:
+        """Those of c_full alone, (N, 3, H, W)."""
+        return self._drawn([c.full for c in self.captions], self.seeds, progress)
+
+    def _drawn(self, texts: list[str], seeds: list[int], progress: Progress | None) -> Tensor:
+        return generate(
+            self.family, texts, seeds, steps=self.config.steps, cfg=self.config.cfg,
             scheduler=self.scheduler, clip_skip=self.clip_skip, chunks=self.chunks,
             batch_size=self.config.batch_size, progress=progress,
         )  # fmt: skip
-        return Pictures(*pictures.chunk(2))
 
     def probes(self, base: Pictures) -> tuple[Probe, Probe]:
         """For drift without and with the target, each on the base's pictures of those prompts."""

@@ -27,9 +27,13 @@ class OutputPreservation(Loss):
     have the empty caption in both passes: under classifier-free guidance, eps("") + g (eps(c) - eps("")),
     whatever the adapter changes there is in every picture, g - 1 times.
 
+    `walk` takes the noisy latents of that share from the frozen base's own way out of noise, which the pass
+    without gradient walks anyway. The data's show the attribute, and on them the base predicts it too: an
+    adapter that adds it to a picture without it is not noticed there.
+
     Source: the "differential output preservation" of today's trainers, e.g. ostris/ai-toolkit; it is
     knowledge distillation from the frozen base (Hinton et al. 2015, arXiv:1503.02531) on c_base. `share`,
-    `blank` and `x0_weight` (see the function of that name in `spf_kit.losses`) are our additions.
+    `blank`, `walk` and `x0_weight` (see the function of that name in `spf_kit.losses`) are our additions.
     """
 
     share: float | None = Field(
@@ -44,15 +48,20 @@ class OutputPreservation(Loss):
     x0_weight: float | None = Field(
         None, gt=0, description="at high noise differences count as of the clean picture, at most so often"
     )
+    walk: int | None = Field(
+        None, ge=2, description="steps of the base's own way out of noise, on which it holds; unset: the data"
+    )
     kind: Literal["l2", "relative"] = Field("l2", description="relative: as a share of the base's prediction")
 
     @model_validator(mode="after")
-    def _blank_of_share(self) -> OutputPreservation:
+    def _of_share(self) -> OutputPreservation:
         if self.blank and self.share is None:
             raise ValueError(
                 f"blank = {self.blank} is a part of share, which is not set: set share, or use the plugin "
                 "blank_preservation"
             )
+        if self.walk is not None and self.share is None:
+            raise ValueError(f"walk = {self.walk} is of the samples of share, which is not set: set share")
         return self
 
     @model_validator(mode="after")
@@ -68,7 +77,9 @@ class OutputPreservation(Loss):
     def needs(self) -> Needs:
         if self.share is None:
             return Needs.of("plain", "reference")
-        return Needs.of("reference", plain_share=self.share, blank_share=self.blank or None)
+        return Needs.of(
+            "reference", plain_share=self.share, blank_share=self.blank or None, plain_walk=self.walk
+        )
 
     def __call__(self, step: Step) -> Tensor:
         base = step.reference.prediction

@@ -42,8 +42,8 @@ class Prior:
 class Needs:
     """What a plugin reads.
 
-    Those with one value for the whole run (`prior`, `plain_share`, `blank_share`, `picture_masks`) may be
-    asked for by several plugins only with the same value.
+    Those with one value for the whole run (`prior`, `picture_masks`, those of the plain path) may be asked
+    for by several plugins only with the same value.
     """
 
     passes: frozenset[PassName] = frozenset({"response"})
@@ -56,6 +56,7 @@ class Needs:
     picture_masks: str | None = None  # `step.picture_mask`: a folder of mask pictures
     plain_share: float | None = None  # see `Needs.of`
     blank_share: float | None = None  # of the plain samples: "" in place of c_base
+    plain_walk: int | None = None  # steps of the base's own way out of noise, whose latents they take
 
     @classmethod
     def of(cls, *passes: PassName, layers: Iterable[str] = (), **others: Any) -> Needs:
@@ -63,7 +64,9 @@ class Needs:
 
         With `plain_share` the plugin sees that share of the samples and no other, and finds as `step.plain`
         their adapter-on pass, which takes c_base in place of c_full and so costs nothing. Plugins without it
-        see the rest. A `blank_share` of the plain samples has the empty caption, in the reference too.
+        see the rest. A `blank_share` of the plain samples has the empty caption, in the reference too. With
+        `plain_walk` their noisy latents are the frozen base's own on its way out of noise, in so many steps,
+        instead of the data's (see `training.walks`); `step.latents`, `noise` and `target` say nothing there.
         """
         attention = frozenset((name, pattern) for name in passes for pattern in layers)
         return cls(frozenset(passes), attention=attention, **others)
@@ -93,6 +96,7 @@ NAMES = {
     "prior": "prior pictures",
     "plain_share": "shares of plain samples",
     "blank_share": "shares of blank captions",
+    "plain_walk": "lengths of walks",
     "picture_masks": "mask folders",
 }
 

@@ -37,14 +37,14 @@ PRELOAD = [
     "spf_kit.training.trainer", "diffusers.models.unets.unet_2d_condition",
     "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip",
 ]  # fmt: skip
-# each with other kinds of state: 8-bit moments, EMA, dropout, accumulation, both components; the optimizer's
-# own average, pictures drawn before and between the steps
+# each with other kinds of state: 8-bit moments, EMA, dropout, accumulation, both components, walks; the
+# optimizer's own average, pictures drawn before and between the steps
 VARIANTS = {
     "8-bit": [
         'train.optimizer="ademamix8bit"', "adapter.rank=48", "train.ema=0.9", "adapter.dropout=0.3",
         'adapter.targets=["cross-attention","text-encoder"]', "train.gradient_checkpointing=true",
         "train.gradient_accumulation=2", "data.flip=true", "data.caption_dropout=0.3",
-        "data.shuffle_tags=true",
+        "data.shuffle_tags=true", "loss.output_preservation.share=0.7", "loss.output_preservation.walk=4",
     ],
     "schedule-free": [
         'train.optimizer="adamw_schedulefree"', "loss.prior_preservation.count=2",
@@ -106,7 +106,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 def test_a_killed_run_ends_with_the_same_bits(
     variant: str, resolve: Callable[..., Resolved], start: Callable[..., BaseProcess], tmp_path: Path
 ) -> None:
-    recipe = "prior-preservation" if variant == "schedule-free" else "naive"
+    recipe = {"8-bit": "output-preservation", "schedule-free": "prior-preservation"}[variant]
     resolved = resolve(*VARIANTS[variant], recipe=recipe)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     whole = start(trainer.train, resolved, straight)

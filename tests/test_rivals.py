@@ -173,6 +173,9 @@ def test_what_output_preservation_needs() -> None:
     with pytest.raises(ValidationError, match=r"share = 0\.5 takes others: remove one of them"):
         make(share=0.5, mask="m")
     assert make(share=0.25, blank=0.5).needs.blank_share == 0.5
+    assert make(share=0.25, walk=12).needs.plain_walk == 12
+    with pytest.raises(ValidationError, match=r"walk = 12 is of the samples of share, which is not set"):
+        make(walk=12)
     with pytest.raises(ValidationError, match=r"blank = 0\.5 is a part of share, which is not set"):
         make(blank=0.5)
 

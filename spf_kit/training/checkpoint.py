@@ -1,9 +1,9 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 `checkpoints/step-000200/` holds `adapter.safetensors` (the weights in training, float32), `state.pt`
-(optimizer, scaler, EMA, plugins, the best step so far) and `checkpoint.json` (step, threads, processes,
-hashes of what is frozen, versions). A checkpoint is written beside and renamed, so that a folder of that name
-is complete.
+(optimizer, scaler, EMA, plugins, walks, the best step so far) and `checkpoint.json` (step, threads,
+processes, hashes of what is frozen, versions). A checkpoint is written beside and renamed, so that a folder
+of that name is complete.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Checkpoint:
     adapter: Mapping[str, Tensor]
     updater: Mapping[str, Any]
     plugins: list[dict[str, Any]]  # for each process, each plugin's state by id
+    walks: list[dict[str, Any]] = field(default_factory=list)  # for each process
     selection: Mapping[str, Any] = field(default_factory=dict)  # the best step so far, with its weights
     frozen: Mapping[str, str] = field(default_factory=dict)  # what lies under the adapter, and its hash
 
@@ -61,7 +62,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     path = path_of(folder, checkpoint.step)
     with atomic(path, folder=True) as temporary:
         save_file(dict(checkpoint.adapter), temporary / "adapter.safetensors")
-        kept = ("updater", "plugins", "selection")
+        kept = ("updater", "plugins", "walks", "selection")
         torch.save({name: getattr(checkpoint, name) for name in kept}, temporary / "state.pt")
         facts = {
             "step": checkpoint.step,
@@ -92,6 +93,7 @@ def load(path: Path) -> Checkpoint:
             adapter,
             state["updater"],
             state["plugins"],
+            state.get("walks", []),
             state.get("selection", {}),
             facts.get("frozen", {}),
         )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def save(s: Session, number: int) -> None:
     """Write the state after step `number`; each process adds its plugins' state, the main one writes."""
-    states = [{plugin.id: plugin.state_dict() for plugin in s.plugins}]
+    states = [({plugin.id: plugin.state_dict() for plugin in s.plugins}, s.walks.state_dict())]
     if s.accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
@@ -27,7 +27,8 @@ def save(s: Session, number: int) -> None:
             s.accelerator.num_processes,
             s.handle.state_dict(),
             s.updater.state_dict(),
-            states,
+            [plugins for plugins, _ in states],
+            [walks for _, walks in states],
             s.selection.state_dict() if s.selection else {},
             s.frozen,
         )
@@ -74,4 +75,6 @@ def restore(s: Session, saved: Checkpoint) -> int:
     states = saved.plugins[s.accelerator.process_index]
     for plugin in s.plugins:
         plugin.load_state_dict(states.get(plugin.id, {}))
+    if saved.walks:
+        s.walks.load_state_dict(saved.walks[s.accelerator.process_index], s.family.device)
     return saved.step

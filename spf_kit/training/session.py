@@ -29,6 +29,7 @@ from spf_kit.training.selection import Selection
 from spf_kit.training.step import Draws, Model, Outcome, noised, run_step
 from spf_kit.training.text import TextCache
 from spf_kit.training.update import Updater
+from spf_kit.training.walks import Walks
 
 if TYPE_CHECKING:
     from spf_kit.config import Resolved
@@ -56,6 +57,7 @@ class Session:
     report: Report
     earlier: Earlier  # LoRAs under the adapter; never switched off
     frozen: Mapping[str, str]  # what lies under the adapter, by a name for messages, and its hash
+    walks: Walks
     selection: Selection | None = None  # where drift is measured
 
     def phase(self, name: str) -> Callable[[int, int, str], None]:
@@ -73,7 +75,7 @@ class Session:
             prior_batch = self._noised(pictures, "prior noise"), pictures
         return run_step(
             self.model, at_t, batch.captions, batch.sample_ids, self.plugins,
-            number=number, progress=progress, prior=prior_batch,
+            number=number, progress=progress, prior=prior_batch, walks=self.walks,
         )  # fmt: skip
 
     def _batch(self, data: Dataset, seed: int, number: int, micro: int) -> Batch:
@@ -159,7 +161,7 @@ def open_session(
     opened = Session(
         config, folder, processes, family, handle, model, dataset, prior_data, plugins,
         _updater(config, handle, total, processes), _preview(config, model, dataset, plugins),
-        total, threads, report, earlier, frozen,
+        total, threads, report, earlier, frozen, Walks(family.noise),
     )  # fmt: skip
     opened.selection = _selection(opened)
     return opened

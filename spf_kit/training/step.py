@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from spf_kit.data.dataset import Batch
     from spf_kit.families.base import Condition, Family
     from spf_kit.families.noise import NoiseProcess
+    from spf_kit.training.walks import Walks
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ def run_step(
     number: int,
     progress: float,
     prior: tuple[Noised, Batch] | None = None,
+    walks: Walks | None = None,
 ) -> Outcome:
     """One forward: every pass that an active plugin needs, once, then masks and losses in their order.
 
@@ -183,6 +185,7 @@ def run_step(
 
     Args:
         prior: z'_t' of prior pictures, where an active plugin needs them.
+        walks: of the samples on the plain path, where an active plugin needs them; they go one step on.
 
     Raises:
         UserError: a plugin returned another shape than it must.
@@ -190,7 +193,12 @@ def run_step(
     acting = active(plugins, progress)
     needs = union(acting)
     plain = plain_texts(batch, captions, needs)
+    rows = rows_by_path(plain)
+    if walks and needs.plain_walk:
+        batch, plain = walks.place(batch, plain, needs.plain_walk)
     passes = _run_passes(model, batch, captions, needs, plain)
+    if walks and needs.plain_walk:
+        walks.advance(passes["reference"].prediction[rows["plain"]])
     whole = Step(
         batch.latents, batch.noise, batch.noisy_latents, batch.timesteps, batch.target, model.family.noise,
         captions, sample_ids, number, progress, passes,
@@ -199,7 +207,6 @@ def run_step(
         given_masks=batch.masks, tools=model.tools,
     )  # fmt: skip
     masks: dict[str, Tensor] = {}
-    rows = rows_by_path(plain)
     steps = _by_path(whole, rows, masks)
     terms: dict[str, Tensor] = {}
     total = torch.zeros((), device=batch.latents.device)

@@ -34,6 +34,8 @@ class Denoising(Loss):
     `x0_weight` is our addition: lambda(t) = min(max(SNR, 1), gamma), and w(t) is at most `x0_weight`. So at
     high noise, where a sampler decides what a picture is of, errors count as of the clean picture; in
     epsilon prediction they are small numbers there. With gamma = 1, epsilon: min(1 / SNR, x0_weight).
+
+    Samples whose timestep is not in [min_timestep, max_timestep], shares of the schedule, give exactly 0.
     """
 
     kind: Literal["l2", "l1", "huber"] = Field("l2", description="distance d(r) of prediction and target")
@@ -45,6 +47,17 @@ class Denoising(Loss):
         None, gt=0, description="at high noise errors count as of the clean picture, at most so often"
     )
 
+    min_timestep: float = Field(0.0, ge=0, le=1, description="share of the schedule from which it acts")
+    max_timestep: float = Field(1.0, ge=0, le=1, description="share of the schedule up to which it acts")
+
+    @model_validator(mode="after")
+    def _range(self) -> Denoising:
+        if self.min_timestep >= self.max_timestep:
+            raise ValueError(
+                f"min_timestep = {self.min_timestep} must be less than max_timestep = {self.max_timestep}"
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_weighting(self) -> Denoising:
         if self.debiased and self.min_snr_gamma is not None:
@@ -55,7 +68,9 @@ class Denoising(Loss):
 
     def __call__(self, step: Step) -> Tensor:
         loss = per_sample(self.distance(step.target - step.response.prediction), step.mask)
-        return loss * self.timestep_weight(step.process.snr(step.timesteps), step.process.prediction_type)
+        loss = loss * self.timestep_weight(step.process.snr(step.timesteps), step.process.prediction_type)
+        share = step.timesteps / step.process.num_train_timesteps
+        return loss * ((share >= self.min_timestep) & (share <= self.max_timestep))
 
     def distance(self, residual: Tensor) -> Tensor:
         """d(r), elementwise."""

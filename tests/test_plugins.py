@@ -120,6 +120,17 @@ def test_min_snr_weights_are_the_published_ones() -> None:
     assert torch.allclose(denoising.timestep_weight(ratio, "v_prediction"), expected)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_denoising_acts_in_its_range_of_timesteps(kind: str) -> None:
+    step = make_step(kind)  # 0.02, 0.4 and 0.98 of the schedule
+    everywhere = SHIPPED["denoising"]()(step)
+    value = SHIPPED["denoising"](min_timestep=0.3, max_timestep=0.9)(step)
+    assert value.tolist() == [0.0, everywhere[1].item(), 0.0]
+    assert torch.autograd.grad(value.sum(), step.response.prediction)[0][[0, 2]].abs().sum() == 0
+    with pytest.raises(ValidationError, match=r"min_timestep = 0\.5 must be less than max_timestep = 0\.5"):
+        SHIPPED["denoising"](min_timestep=0.5, max_timestep=0.5)
+
+
 def test_x0_weight_is_limited() -> None:
     ratio = torch.tensor([0.0, 0.01, 0.1, 0.5, 4.0], dtype=F64)
     weights = SHIPPED["denoising"](min_snr_gamma=1.0, x0_weight=20.0).timestep_weight(ratio, "epsilon")

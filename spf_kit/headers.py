@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -91,6 +92,8 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     try:
+        if (mode := path.stat().st_mode) and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{str(path)!r} is a pipe or a device, not a .safetensors file")  # may never end
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
@@ -105,11 +108,19 @@ def read_header(path: str | Path) -> Header:
     if not text.startswith(b"{"):
         raise UserError(_what_instead(path, size, length))
     try:
-        content = json.loads(text, object_pairs_hook=_no_duplicates)
+        content = _parse(text)
         tensors, metadata = _check_header(content, size - 8 - length, 8 + length)
-    except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
+    except ValueError as error:
         raise UserError(f"{str(path)!r} is damaged: {error}; download or copy it again") from None
     return Header(path, tensors, 8 + length, metadata)
+
+
+def _parse(text: bytes) -> Any:
+    """Raises ValueError, a sentence's end, unless it is JSON in UTF-8 that names nothing twice."""
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"its header is not JSON ({error})") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,6 +137,9 @@ def _check_header(content: Any, data_size: int, start: int) -> tuple[dict[str, T
     metadata = content.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata is not a table of texts")
+    for name in (*content, *metadata, *metadata.values()):
+        if not is_text(name):
+            raise ValueError(f"its header holds {name[:80]!r}, which is no text: half a UTF-16 pair")
     tensors = {}
     for name, entry in content.items():
         try:
@@ -152,6 +166,15 @@ def _check_header(content: Any, data_size: int, start: int) -> tuple[dict[str, T
             f"it ends {missing} bytes too early" if missing > 0 else f"it has {-missing} bytes too many"
         )
     return tensors, metadata
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written: JSON's escapes also spell halves of pairs, which UTF-8 does not have."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _what_instead(path: Path, size: int, length: int) -> str:

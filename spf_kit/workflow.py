@@ -32,7 +32,13 @@ def load_base(model: str | None, *, metadata: dict[str, str] | None = None, dtyp
     if Path(chosen).name == Path(trained_on).name:
         # what the preset had to say of this model is true of it still, wherever it lies now
         said = {key: own[key] for key in ("prediction_type", "zero_terminal_snr") if key in own}
-        base = schema.Base.model_validate({**base.model_dump(), **said})
+        try:
+            base = schema.Base.model_validate({**base.model_dump(), **said})
+        except ValueError:
+            raise UserError(
+                f"the LoRA says of its base {said}, in its metadata 'spf_kit.config', which no base can be: "
+                "the file was edited or damaged, use an earlier copy of it"
+            ) from None
     return families.load(base, device=device())
 
 
@@ -42,7 +48,7 @@ def _own_base(metadata: dict[str, str]) -> dict[str, Any]:
 
     try:
         return dict(tomllib.loads(metadata.get("spf_kit.config", ""))["base"])
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):  # broken TOML is a ValueError
         return {}
 
 
@@ -320,6 +326,7 @@ def inspect(file: Path, *, whole_hash: bool, console: Console) -> None:
     from rich.table import Table
 
     from spf_kit.adapters.inspect import inspect as look
+    from spf_kit.console import printable
 
     told = look(file, hash=whole_hash)
     table = Table("", "", box=None, show_header=False, pad_edge=False)
@@ -328,6 +335,6 @@ def inspect(file: Path, *, whole_hash: bool, console: Console) -> None:
             value = "\n".join(f"{k}: {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
-        table.add_row(key.replace("_", " "), "" if value is None else str(value))
+        table.add_row(key.replace("_", " "), "" if value is None else printable(str(value)))
     console.show(table)
     console.finish(told)

@@ -12,10 +12,11 @@ import torch
 from spf_kit.adapters import formats
 from spf_kit.adapters.fit import check_family, fit
 from spf_kit.adapters.guess import guess_family
-from spf_kit.adapters.index import PEFT_CONFIG, PEFT_WEIGHTS, LayerKey, index
+from spf_kit.adapters.index import LayerKey, index
 from spf_kit.adapters.keys import Format, UNetNames
 from spf_kit.adapters.layers import LoraLayer, Update, load_layer
 from spf_kit.adapters.parts import kind_of
+from spf_kit.adapters.peft_config import PEFT_CONFIG, PEFT_WEIGHTS
 from spf_kit.adapters.tensors import kohya_hashes, parse_dtype, write_tensors
 from spf_kit.errors import UserError
 from spf_kit.files import atomic

@@ -10,8 +10,9 @@ from typing import Any
 
 from spf_kit.adapters import keys
 from spf_kit.adapters.guess import guess_family
-from spf_kit.adapters.index import DIFFUSERS_WEIGHTS, PEFT_CONFIG, IndexedLayer, LoraIndex, index
+from spf_kit.adapters.index import DIFFUSERS_WEIGHTS, IndexedLayer, LoraIndex, index
 from spf_kit.adapters.metadata import legacy_hash, parse_json
+from spf_kit.adapters.peft_config import PEFT_CONFIG
 from spf_kit.errors import UserError
 from spf_kit.files import sha256
 from spf_kit.headers import Header, read_header

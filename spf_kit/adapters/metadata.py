@@ -251,8 +251,13 @@ def _modelspec(config: Config, family: str, run: Run) -> dict[str, str]:
 
 
 def parse_json(metadata: Mapping[str, str], key: str) -> Any:
-    """The value of a metadata entry that holds JSON; None if there is none or it is broken."""
+    """The value of a metadata entry that holds JSON; None if there is none or it is broken.
+
+    Without NaN and infinity, which Python reads and JSON has not, and halves of UTF-16 pairs.
+    """
     try:
-        return json.loads(metadata[key])
+        value = json.loads(metadata[key])
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (KeyError, ValueError, RecursionError):
         return None
+    return value

@@ -29,6 +29,9 @@ DTYPE_BITS: Mapping[str, int] = {
     "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 
+# types that Python reads by itself, and what `struct` calls them
+NUMBERS: Mapping[str, str] = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "BF16": "H"}
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -63,18 +66,25 @@ class Header:
         Raises UserError if it has more elements or a type that is not a plain number.
         """
         info = self.tensors[name]
-        code = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "BF16": "H"}.get(info.dtype)
-        if info.count != 1 or code is None:
+        if info.count != 1 or info.dtype not in NUMBERS:
             raise UserError(
                 f"{str(self.path)!r} is damaged: the tensor {name!r} should hold one number but has type "
                 f"{info.dtype} and shape {list(info.shape)}"
             )
+        return self.values(name)[0]
+
+    def values(self, name: str) -> list[float]:
+        """All values of a small tensor, one after another. Its type must be among `NUMBERS`."""
+        info = self.tensors[name]
         with open(self.path, "rb") as file:
             file.seek(info.start)
-            (value,) = struct.unpack("<" + code, file.read(info.nbytes))
-        if info.dtype == "BF16":
-            (value,) = struct.unpack("<f", struct.pack("<I", value << 16))
-        return float(value)
+            data = file.read(info.nbytes)
+        found = struct.unpack(f"<{info.count}{NUMBERS[info.dtype]}", data)
+        if info.dtype == "BF16":  # the upper half of a float32
+            found = struct.unpack(
+                f"<{info.count}f", struct.pack(f"<{info.count}I", *(v << 16 for v in found))
+            )
+        return [float(value) for value in found]
 
 
 def is_safetensors(path: str | Path) -> bool:

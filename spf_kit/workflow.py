@@ -286,6 +286,7 @@ def share(
     count: int,
     base_id: str | None,
     licence: str | None,
+    thumbnail: str | None,
     push: str | None,
     private: bool,
     output: Path | None,
@@ -295,16 +296,20 @@ def share(
     """Write the folder that is shared, and upload it if asked."""
     from spf_kit import sampling
     from spf_kit.adapters import files
+    from spf_kit.adapters import thumbnail as thumbnails
     from spf_kit.sharing import folder as sharing
 
     made = output or run / "share"
     sampling.refuse_existing(made, overwrite=overwrite)
+    if thumbnail == sharing.FIRST and not (prompts or count):
+        raise UserError("--thumbnail first needs a picture: give --count 1 or --prompt, or name a file")
     finished = sharing.Run.read(run)
+    url = thumbnails.make(thumbnail) if thumbnail not in (None, sharing.FIRST) else thumbnail
     family = load_base(base, metadata=files.read(finished.lora).metadata)
     with console.bar("drawing") as progress:
         sharing.share(
             finished, family, made, prompts=prompts, count=count, base_id=base_id, licence=licence,
-            overwrite=overwrite, progress=progress,
+            thumbnail=url, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     told: dict[str, Any] = {"output": str(made), "files": sorted(_relative(made)), "url": None}
     console.show(f"ready to upload: {made}")
@@ -321,20 +326,30 @@ def _relative(folder: Path) -> list[str]:
 # --- inspect ----------------------------------------------------------------------------------------------
 
 
-def inspect(file: Path, *, whole_hash: bool, console: Console) -> None:
+def inspect(file: Path, *, whole_hash: bool, norms: bool, console: Console) -> None:
     """Say what a file or folder is."""
     from rich.table import Table
 
     from spf_kit.adapters.inspect import inspect as look
     from spf_kit.console import printable
 
-    told = look(file, hash=whole_hash)
+    told = look(file, hash=whole_hash, norms=norms)
     table = Table("", "", box=None, show_header=False, pad_edge=False)
     for key, value in told.items():
-        if isinstance(value, dict):
-            value = "\n".join(f"{k}: {v}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        table.add_row(key.replace("_", " "), "" if value is None else printable(str(value)))
+        table.add_row(key.replace("_", " "), printable(_in_lines(value)))
     console.show(table)
     console.finish(told)
+
+
+_LINES = 24  # of one entry; --json has all
+
+
+def _in_lines(value: Any) -> str:
+    """A value for people: a table's entries one below the other, what is not there as nothing."""
+    if isinstance(value, dict):
+        lines = [f"{key}: {entry}" for key, entry in value.items() if entry is not None]
+        more = [f"... and {len(lines) - _LINES} more, with --json"] if len(lines) > _LINES else []
+        return "\n".join([*lines[:_LINES], *more])
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)

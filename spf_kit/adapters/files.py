@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from spf_kit.adapters import formats
+from spf_kit.adapters import formats, peft_format
 from spf_kit.adapters.fit import check_family, fit
 from spf_kit.adapters.guess import guess_family
 from spf_kit.adapters.index import LayerKey, index
@@ -129,7 +129,7 @@ def _write_peft(lora: LoraFile, folder: Path, dtype: torch.dtype) -> Mapping[Lay
         write_tensors(own / PEFT_WEIGHTS, part.tensors, metadata | kohya_hashes(part.tensors, lora.metadata))
         text = json.dumps(part.config, indent=2, sort_keys=True, allow_nan=False)
         (own / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
-    return lora.layers
+    return {key: peft_format.as_held(layer) for key, layer in lora.layers.items()}
 
 
 def _verify(path: Path, expected: Mapping[LayerKey, Update], dtype: torch.dtype) -> None:

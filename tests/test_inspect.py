@@ -161,7 +161,7 @@ def test_norms_are_those_of_the_updates() -> None:
     cases: list[tuple[Update, Tensor]] = [
         (LoraLayer(b, a, 2.0), 2 / 3 * a.double() @ b.double()),
         (LoraLayer(draw(2, 5, 3, 3), draw(7, 2, 1, 1), 2.0),
-         draw(7, 2).double() @ draw(2, 5, 3, 3).flatten(1).double()),
+         draw(7, 2, 1, 1).flatten(1).double() @ draw(2, 5, 3, 3).flatten(1).double()),
         (LohaLayer(a, b, c, d, 2.0), 2 / 3 * (a.double() @ b.double()) * (c.double() @ d.double())),
         (LohaLayer(a.T, b, c.T, d, 2.0, core, other), 2 / 3 * tucker * second),
         (LokrLayer(2.0, lokr_w1=small, lokr_w2=large),

@@ -29,6 +29,9 @@ _BASE = {
     "new_sd_model_hash": "sha256", "vae_name": "vae", "vae_hash": "vae_autov1", "new_vae_hash": "vae_sha256",
 }  # fmt: skip
 _SILENT = (None, "", "None", "{}", "[]")
+_CHANGED = (
+    "the tensors are not those that the metadata's sshs_model_hash was made of: they were changed later"
+)
 
 
 def inspect(path: str | Path, *, hash: bool = False, norms: bool = False) -> dict[str, Any]:
@@ -96,11 +99,6 @@ def _lora(lora: LoraIndex, whole: bool, norms: bool) -> dict[str, Any]:
     return told
 
 
-_CHANGED = (
-    "the tensors are not those that the metadata's sshs_model_hash was made of: they were changed later"
-)
-
-
 def _norms(layers: Mapping[tuple[str, str], IndexedLayer]) -> dict[str, dict[str, float | None]]:
     """By component, each block's; None where it depends on the base (DoRA, OFT)."""
     from spf_kit.adapters.norms import by_block
@@ -124,10 +122,10 @@ def _component(layers: Mapping[tuple[str, str], IndexedLayer], component: str) -
         "kinds": _one_or_all(layer.kind for layer in own.values()),
         "targets": dict(groups.most_common()),
         "ranks": {
-            block: _one_or_all({layer.rank or "whole" for layer in found}) for block, found in blocks.items()
+            block: _one_or_all(layer.rank or "whole" for layer in found) for block, found in blocks.items()
         },
         "alphas": {
-            block: _one_or_all({round(layer.alpha, 6) for layer in found}) for block, found in blocks.items()
+            block: _one_or_all(round(layer.alpha, 6) for layer in found) for block, found in blocks.items()
         },
         "parameters": sum(layer.parameters for layer in own.values()),
     }

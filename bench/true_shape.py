@@ -42,7 +42,11 @@ from spf_kit.headers import encode_header, read_header
 
 RANK, ALPHA = 4, 2.0
 TARGETS = ["cross-attention", "self-attention", "feed-forward", "convolutions", "text-encoder"]
-QUIET = ["evaluate.enabled=false", "preview.every=0", "train.log_tensorboard=false", "data.resolution=128"]
+SETTINGS = [
+    "evaluate.enabled=false", "preview.every=0", "train.log_tensorboard=false", "data.resolution=128",
+    "train.batch_size=1", "train.optimizer=adamw", "train.gradient_checkpointing=false",
+    "train.mixed_precision=no", "base.dtype=float32",  # what any CPU computes with
+]  # fmt: skip
 
 
 # --- the checkpoint, and a LoRA that is trained on it -----------------------------------------------------
@@ -86,12 +90,12 @@ def train(checkpoint: Path, folder: Path, threads: int) -> Path:
         for file in (picture, picture.with_suffix(".txt")):
             (data / file.name).write_bytes(file.read_bytes())
     sets = [
-        *QUIET,
+        *SETTINGS,
         f"adapter.rank={RANK}",
         f"adapter.alpha={ALPHA}",
         f"adapter.targets={json.dumps(TARGETS)}",
     ]
-    sets += [f"train.threads={threads}", "train.batch_size=1"]
+    sets.append(f"train.threads={threads}")
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "spf_kit", "train", "glasses", "--recipe", "naive", "--steps", "2", "--base",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ DATA = {
 def metadata(family: str | None = None, **changes: object) -> dict[str, str]:
     resolved = config.load("glasses", sets=[f"{key}={value}" for key, value in changes.items()])
     if family:
-        resolved.family = family
+        resolved = replace(resolved, family=family)
     run = Run(400, 8, started_at=1_700_000_000.0, finished_at=1_700_000_300.0, session_id="17")
     return training_metadata(resolved, DATA, run)
 

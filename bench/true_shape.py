@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def modules(family: str) -> dict[str, nn.Module]:
     return {component: empty_module(component, shipped_config(family, component)) for component in own}
 
 
+@cache
 def adaptable(family: str) -> dict[LayerKey, tuple[int, ...]]:
     """Shapes of all that the targets name, by the names in files."""
     found: dict[LayerKey, tuple[int, ...]] = {}

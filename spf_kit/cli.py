@@ -259,6 +259,12 @@ def share(
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", help="Identifier (default: the base family's).")
     ] = None,
+    thumbnail: Annotated[
+        str | None,
+        typer.Option(
+            "--thumbnail", help="Picture for the LoRA's metadata; 'first': the first that is drawn."
+        ),
+    ] = None,
     push: Annotated[str | None, typer.Option("--push", help="OWNER/NAME on the hub to upload to.")] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: only you see it.")] = False,
     output: Annotated[
@@ -278,6 +284,7 @@ def share(
             count=count,
             base_id=base_id,
             licence=licence,
+            thumbnail=thumbnail,
             push=push,
             private=private,
             output=output,
@@ -289,14 +296,19 @@ def share(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="A LoRA, a checkpoint or a folder of either.")],
-    hash_: Annotated[bool, typer.Option("--hash", help="Also hash the whole file.")] = False,
+    hash_: Annotated[
+        bool, typer.Option("--hash", help="Hash files of more than a gigabyte too, as smaller ones always.")
+    ] = False,
+    norms: Annotated[
+        bool, typer.Option("--norms", help="How much a LoRA adds to the weights, by block.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Say what a LoRA or a checkpoint is."""
     with command(json) as console:
         from spf_kit import workflow
 
-        workflow.inspect(file, whole_hash=hash_, console=console)
+        workflow.inspect(file, whole_hash=hash_, norms=norms, console=console)
 
 
 @app.command()

@@ -98,6 +98,13 @@ class Console:
             yield report
 
 
+def printable(text: str) -> str:
+    """A stranger's text without what moves cursors, clears screens or names windows."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
+
+
 def _training_words(values: Mapping[str, Any]) -> str:
     """`loss 0.1234  3.2 steps/s  0:01:20 left  1.9 GiB peak`, as far as known."""
     words = []

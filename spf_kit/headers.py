@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ DTYPE_BITS: Mapping[str, int] = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
+
+# types that Python reads by itself, and what `struct` calls them
+NUMBERS: Mapping[str, str] = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "BF16": "H"}
 
 
 @dataclass(frozen=True)
@@ -62,18 +66,25 @@ class Header:
         Raises UserError if it has more elements or a type that is not a plain number.
         """
         info = self.tensors[name]
-        code = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "BF16": "H"}.get(info.dtype)
-        if info.count != 1 or code is None:
+        if info.count != 1 or info.dtype not in NUMBERS:
             raise UserError(
                 f"{str(self.path)!r} is damaged: the tensor {name!r} should hold one number but has type "
                 f"{info.dtype} and shape {list(info.shape)}"
             )
+        return self.values(name)[0]
+
+    def values(self, name: str) -> list[float]:
+        """All values of a small tensor, one after another. Its type must be among `NUMBERS`."""
+        info = self.tensors[name]
         with open(self.path, "rb") as file:
             file.seek(info.start)
-            (value,) = struct.unpack("<" + code, file.read(info.nbytes))
-        if info.dtype == "BF16":
-            (value,) = struct.unpack("<f", struct.pack("<I", value << 16))
-        return float(value)
+            data = file.read(info.nbytes)
+        found = struct.unpack(f"<{info.count}{NUMBERS[info.dtype]}", data)
+        if info.dtype == "BF16":  # the upper half of a float32
+            found = struct.unpack(
+                f"<{info.count}f", struct.pack(f"<{info.count}I", *(v << 16 for v in found))
+            )
+        return [float(value) for value in found]
 
 
 def is_safetensors(path: str | Path) -> bool:
@@ -91,6 +102,8 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     try:
+        if (mode := path.stat().st_mode) and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{str(path)!r} is a pipe or a device, not a .safetensors file")  # may never end
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
@@ -105,11 +118,19 @@ def read_header(path: str | Path) -> Header:
     if not text.startswith(b"{"):
         raise UserError(_what_instead(path, size, length))
     try:
-        content = json.loads(text, object_pairs_hook=_no_duplicates)
+        content = _parse(text)
         tensors, metadata = _check_header(content, size - 8 - length, 8 + length)
-    except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
+    except ValueError as error:
         raise UserError(f"{str(path)!r} is damaged: {error}; download or copy it again") from None
     return Header(path, tensors, 8 + length, metadata)
+
+
+def _parse(text: bytes) -> Any:
+    """Raises ValueError, a sentence's end, unless it is JSON in UTF-8 that names nothing twice."""
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"its header is not JSON ({error})") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,6 +147,9 @@ def _check_header(content: Any, data_size: int, start: int) -> tuple[dict[str, T
     metadata = content.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata is not a table of texts")
+    for name in (*content, *metadata, *metadata.values()):
+        if not is_text(name):
+            raise ValueError(f"its header holds {name[:80]!r}, which is no text: half a UTF-16 pair")
     tensors = {}
     for name, entry in content.items():
         try:
@@ -152,6 +176,15 @@ def _check_header(content: Any, data_size: int, start: int) -> tuple[dict[str, T
             f"it ends {missing} bytes too early" if missing > 0 else f"it has {-missing} bytes too many"
         )
     return tensors, metadata
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written: JSON's escapes also spell halves of pairs, which UTF-8 does not have."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _what_instead(path: Path, size: int, length: int) -> str:

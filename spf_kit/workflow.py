@@ -32,7 +32,13 @@ def load_base(model: str | None, *, metadata: dict[str, str] | None = None, dtyp
     if Path(chosen).name == Path(trained_on).name:
         # what the preset had to say of this model is true of it still, wherever it lies now
         said = {key: own[key] for key in ("prediction_type", "zero_terminal_snr") if key in own}
-        base = schema.Base.model_validate({**base.model_dump(), **said})
+        try:
+            base = schema.Base.model_validate({**base.model_dump(), **said})
+        except ValueError:
+            raise UserError(
+                f"the LoRA says of its base {said}, in its metadata 'spf_kit.config', which no base can be: "
+                "the file was edited or damaged, use an earlier copy of it"
+            ) from None
     return families.load(base, device=device())
 
 
@@ -42,7 +48,7 @@ def _own_base(metadata: dict[str, str]) -> dict[str, Any]:
 
     try:
         return dict(tomllib.loads(metadata.get("spf_kit.config", ""))["base"])
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):  # broken TOML is a ValueError
         return {}
 
 
@@ -280,6 +286,7 @@ def share(
     count: int,
     base_id: str | None,
     licence: str | None,
+    thumbnail: str | None,
     push: str | None,
     private: bool,
     output: Path | None,
@@ -289,16 +296,20 @@ def share(
     """Write the folder that is shared, and upload it if asked."""
     from spf_kit import sampling
     from spf_kit.adapters import files
+    from spf_kit.adapters import thumbnail as thumbnails
     from spf_kit.sharing import folder as sharing
 
     made = output or run / "share"
     sampling.refuse_existing(made, overwrite=overwrite)
+    if thumbnail == sharing.FIRST and not (prompts or count):
+        raise UserError("--thumbnail first needs a picture: give --count 1 or --prompt, or name a file")
     finished = sharing.Run.read(run)
+    url = thumbnails.make(thumbnail) if thumbnail not in (None, sharing.FIRST) else thumbnail
     family = load_base(base, metadata=files.read(finished.lora).metadata)
     with console.bar("drawing") as progress:
         sharing.share(
             finished, family, made, prompts=prompts, count=count, base_id=base_id, licence=licence,
-            overwrite=overwrite, progress=progress,
+            thumbnail=url, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     told: dict[str, Any] = {"output": str(made), "files": sorted(_relative(made)), "url": None}
     console.show(f"ready to upload: {made}")
@@ -315,19 +326,30 @@ def _relative(folder: Path) -> list[str]:
 # --- inspect ----------------------------------------------------------------------------------------------
 
 
-def inspect(file: Path, *, whole_hash: bool, console: Console) -> None:
+def inspect(file: Path, *, whole_hash: bool, norms: bool, console: Console) -> None:
     """Say what a file or folder is."""
     from rich.table import Table
 
     from spf_kit.adapters.inspect import inspect as look
+    from spf_kit.console import printable
 
-    told = look(file, hash=whole_hash)
+    told = look(file, hash=whole_hash, norms=norms)
     table = Table("", "", box=None, show_header=False, pad_edge=False)
     for key, value in told.items():
-        if isinstance(value, dict):
-            value = "\n".join(f"{k}: {v}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        table.add_row(key.replace("_", " "), "" if value is None else str(value))
+        table.add_row(key.replace("_", " "), printable(_in_lines(value)))
     console.show(table)
     console.finish(told)
+
+
+_LINES = 24  # of one entry; --json has all
+
+
+def _in_lines(value: Any) -> str:
+    """A value for people: a table's entries one below the other, what is not there as nothing."""
+    if isinstance(value, dict):
+        lines = [f"{key}: {entry}" for key, entry in value.items() if entry is not None]
+        more = [f"... and {len(lines) - _LINES} more, with --json"] if len(lines) > _LINES else []
+        return "\n".join([*lines[:_LINES], *more])
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)

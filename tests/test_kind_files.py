@@ -265,7 +265,8 @@ def test_what_is_written_is_read(tmp_path: Path, name: str, dtype: str) -> None:
     with safe_open(path, "pt") as file:
         stem = "lora_unet_" + CONV.replace(".", "_")
         assert set(file.keys()) == {f"{stem}.{part}" for part in [*layer.tensors(), "alpha"]}
-    for format in ("diffusers", "peft"):
+    # peft's folders of LoHa and LoKr have tests of their own
+    for format in ("diffusers", "peft") if layer.kind == "oft" else ("diffusers",):
         with pytest.raises(UserError, match="write it with format kohya"):
             files.write(files.LoraFile({("unet", CONV): layer}), tmp_path / f"{format}.safetensors", format)  # type: ignore[arg-type]
 

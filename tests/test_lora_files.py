@@ -452,13 +452,16 @@ def test_other_files_are_named(tmp_path: Path, tensors: dict[str, Tensor], reaso
         files.read(save(tmp_path / "a.safetensors", tensors))
 
 
+PEFT = {"peft_type": "LORA", "lora_alpha": 2}
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"peft_type": "LOKR"}, "of the kind 'LOKR'"),
-        ({"bias": "all"}, "trained whole parameters"),
-        ({"lora_alpha": "many"}, "lora_alpha = 'many', which is no number"),
-        ({"alpha_pattern": {"(a+)+$": 3}}, r"more than a name"),
+        (PEFT | {"peft_type": "OFT"}, "has peft_type = 'OFT', which spf-kit does not read"),
+        (PEFT | {"bias": "all"}, "trained whole parameters"),
+        (PEFT | {"lora_alpha": "many"}, "lora_alpha = 'many', which is no number"),
+        (PEFT | {"alpha_pattern": {"(a+)+$": 3}}, r"more than a name"),
         ([], "not a JSON object"),
     ],
 )
@@ -482,6 +485,18 @@ def test_peft_patterns_give_each_layer_its_own_alpha(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     found = {module: layer.alpha for (_, module), layer in files.read(tmp_path).layers.items()}
     assert found == {names[0]: 4.0, names[1]: 6.0}  # times sqrt(4)
+    # the first that fits counts, `^` means a name from its beginning
+    patterns = {"^proj_in": 7, "^mid_block.attentions.0.proj_in": 5, "attentions.0.proj_in": 8, "proj_out": 9}
+    config |= {"alpha_pattern": patterns, "use_rslora": False}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = {module: layer.alpha for (_, module), layer in files.read(tmp_path).layers.items()}
+    assert found == {name: _by_peft(patterns, name) for name in names} == {names[0]: 5.0, names[1]: 9.0}
+
+
+def _by_peft(patterns: dict[str, int], module: str) -> int:
+    from peft.utils.other import get_pattern_key
+
+    return patterns[get_pattern_key(patterns.keys(), module)]
 
 
 def test_a_lora_of_another_family_names_both(base: Family, tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from spf_kit.adapters import formats
+from spf_kit.adapters import formats, peft_format
 from spf_kit.adapters.fit import check_family, fit
 from spf_kit.adapters.guess import guess_family
-from spf_kit.adapters.index import PEFT_CONFIG, PEFT_WEIGHTS, LayerKey, index
+from spf_kit.adapters.index import LayerKey, index
 from spf_kit.adapters.keys import Format, UNetNames
 from spf_kit.adapters.layers import LoraLayer, Update, load_layer
 from spf_kit.adapters.parts import kind_of
+from spf_kit.adapters.peft_config import PEFT_CONFIG, PEFT_WEIGHTS
 from spf_kit.adapters.tensors import kohya_hashes, parse_dtype, write_tensors
 from spf_kit.errors import UserError
 from spf_kit.files import atomic
@@ -128,7 +129,7 @@ def _write_peft(lora: LoraFile, folder: Path, dtype: torch.dtype) -> Mapping[Lay
         write_tensors(own / PEFT_WEIGHTS, part.tensors, metadata | kohya_hashes(part.tensors, lora.metadata))
         text = json.dumps(part.config, indent=2, sort_keys=True, allow_nan=False)
         (own / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
-    return lora.layers
+    return {key: peft_format.as_held(layer) for key, layer in lora.layers.items()}
 
 
 def _verify(path: Path, expected: Mapping[LayerKey, Update], dtype: torch.dtype) -> None:

@@ -65,9 +65,15 @@ def to_diffusers(layers: Layers, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def to_peft(layers: Layers, dtype: torch.dtype) -> dict[str, PeftPart]:
     """For each component what `PeftModel.from_pretrained` reads; text encoders named as by transformers 5."""
+    from spf_kit.adapters import peft_format
+
     parts = {}
     for component in dict.fromkeys(component for component, _ in layers):
-        of_component = ((module, layer) for (c, module), layer in layers.items() if c == component)
+        of_component = [(module, layer) for (c, module), layer in layers.items() if c == component]
+        if any(layer.kind in peft_format.KINDS for _, layer in of_component):
+            named = {peft_name(component, module): layer for module, layer in of_component}
+            parts[component] = peft_format.part(component, named, dtype)
+            continue
         own = {peft_name(component, module): lora_only(layer, "peft") for module, layer in of_component}
         tensors: dict[str, Tensor] = {}
         for module, layer in own.items():

@@ -6,24 +6,19 @@ refused before anything is loaded, and `inspect` answers at once.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from spf_kit.adapters import keys, sai_names
+from spf_kit.adapters import keys, peft_config, sai_names
 from spf_kit.adapters.keys import Format, Part, UNetNames, flatten
-from spf_kit.adapters.parts import COMMON, Shape, describe, kind_of
+from spf_kit.adapters.parts import COMMON, NAMES, Described, Shape, describe, kind_of
+from spf_kit.adapters.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PeftConfig
 from spf_kit.errors import UserError
 from spf_kit.headers import Header, TensorInfo, read_header
 
-PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"  # where diffusers keeps peft's config in a file's metadata
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 LayerKey = tuple[str, str]  # component, module
@@ -40,6 +35,7 @@ class IndexedLayer:
     alpha: float
     shape: Shape
     dora_axis: int | None  # the weight's axis that DoRA's magnitudes belong to; None without DoRA
+    factor: float = 1.0  # of the whole update, where the kind has no alpha for it (peft's LoKr)
 
     @property
     def dtype(self) -> str:
@@ -112,8 +108,12 @@ def _index_components(path: Path, parts: list[str]) -> LoraIndex:
 
 def _index_file(path: Path, header: Header, config_path: Path | None) -> LoraIndex:
     groups, layout = _group(path, header)
-    alphas = Alphas.of(path, header, config_path)
-    layers = {key: _layer(path, header, key, names, alphas) for key, names in groups.items()}
+    if config_path is not None:
+        config = peft_config.of_folder(config_path, header.path)
+        configs = dict.fromkeys(keys.COMPONENTS, config)
+    else:
+        configs = peft_config.of_metadata(header)
+    layers = {key: _layer(path, header, key, names, configs.get(key[0])) for key, names in groups.items()}
     return LoraIndex(path, layout, layers, header.metadata)
 
 
@@ -158,7 +158,9 @@ def _group(path: Path, header: Header) -> tuple[dict[LayerKey, dict[Part, str]],
 # --- one layer --------------------------------------------------------------------------------------------
 
 
-def _layer(path: Path, header: Header, key: LayerKey, names: dict[Part, str], alphas: Alphas) -> IndexedLayer:
+def _layer(
+    path: Path, header: Header, key: LayerKey, names: dict[Part, str], config: PeftConfig | None
+) -> IndexedLayer:
     def wrong(what: str) -> UserError:
         return UserError(f"{str(path)!r} is damaged: the layer {key[1]!r} of {key[0]} {what}")
 
@@ -170,23 +172,39 @@ def _layer(path: Path, header: Header, key: LayerKey, names: dict[Part, str], al
         found = describe({part: one.shape for part, one in info.items()})
     except ValueError as error:
         raise wrong(str(error)) from None
-    shape = found.shape
-    if "alpha" in names:
-        alpha = header.scalar(names["alpha"])
-    else:
-        alpha = (
-            0.0 if found.kind == "oft" else alphas.of_module(key, found.rank)
-        )  # there it limits, 0 nothing
-    if not math.isfinite(alpha):
+    if config is not None and found.kind != config.kind:
+        raise wrong(
+            f"is a {NAMES[found.kind]}, but {str(config.path)!r} says peft_type = "
+            f"{config.values.get('peft_type')!r}"
+        )
+    alpha, factor = _scale(header, names, config, found, key[1])
+    if not math.isfinite(alpha * factor):
         raise wrong(f"has the alpha {alpha}")
     axis = None
     if "dora_scale" in info:
-        axis = _dora_axis(info["dora_scale"], shape, is_kohya=names["dora_scale"].endswith("dora_scale"))
+        axis = _dora_axis(
+            info["dora_scale"], found.shape, is_kohya=names["dora_scale"].endswith("dora_scale")
+        )
         if axis is None:
             raise wrong(
-                f"has DoRA magnitudes of shape {list(info['dora_scale'].shape)} for a weight {list(shape)}"
+                f"has DoRA magnitudes of shape {list(info['dora_scale'].shape)} for a weight "
+                f"{list(found.shape)}"
             )
-    return IndexedLayer(header, dict(names), found.kind, found.rank, alpha, shape, axis)
+    return IndexedLayer(header, dict(names), found.kind, found.rank, alpha, found.shape, axis, factor)
+
+
+def _scale(
+    header: Header, names: dict[Part, str], config: PeftConfig | None, found: Described, module: str
+) -> tuple[float, float]:
+    """alpha, which a tensor tells before a configuration, and is else the rank, as every loader takes it; and
+    the factor beside it."""
+    if "alpha" in names:
+        return header.scalar(names["alpha"]), 1.0
+    if config is None:
+        return (0.0 if found.kind == "oft" else float(found.rank)), 1.0  # OFT's limits, 0 nothing
+    if not found.rank:
+        return 0.0, config.whole_factor(module)
+    return config.alpha(module, found.rank), 1.0
 
 
 def _dora_axis(info: TensorInfo, shape: Shape, *, is_kohya: bool) -> int | None:
@@ -196,82 +214,3 @@ def _dora_axis(info: TensorInfo, shape: Shape, *, is_kohya: bool) -> int | None:
     return (
         1 if is_kohya and shape[1:] and info.count == shape[1] and info.shape[:2] == (1, shape[1]) else None
     )
-
-
-# --- alphas that are not tensors --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Alphas:
-    """What peft's config says of alpha; without one, alpha is the rank, as every loader takes it."""
-
-    path: Path
-    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by component, "" for all
-
-    @classmethod
-    def of(cls, path: Path, header: Header, config_path: Path | None) -> Alphas:
-        if config_path is not None:
-            if not config_path.is_file():
-                raise UserError(
-                    f"{str(header.path)!r} needs the {PEFT_CONFIG} beside it, which holds its alpha"
-                )
-            try:
-                text = config_path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"cannot read {str(config_path)!r}: {error}") from error
-            config = _load_config(config_path, text)
-            _check_config(config_path, config)
-            return cls(config_path, {"": config})
-        if DIFFUSERS_CONFIG_KEY in header.metadata:
-            flat = _load_config(path, header.metadata[DIFFUSERS_CONFIG_KEY])
-            configs: dict[str, dict[str, Any]] = {}
-            for name, value in flat.items():  # "unet.lora_alpha": 8
-                component, dot, key = name.partition(".")
-                if dot:
-                    configs.setdefault(component, {})[key] = value
-            return cls(path, configs)
-        return cls(path)
-
-    def of_module(self, key: LayerKey, rank: int) -> float:
-        """alpha as kohya means it: the update is scaled by alpha / rank."""
-        component, module = key
-        config = self.configs.get(component) or self.configs.get("") or {}
-        alpha = config.get("lora_alpha", rank)
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            if _matches(self.path, pattern, module):
-                alpha = value
-        if type(alpha) not in (int, float):
-            raise UserError(f"{str(self.path)!r} has lora_alpha = {alpha!r}, which is no number")
-        return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
-
-
-def _load_config(path: Path, text: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{str(path)!r} holds a peft configuration that is not a JSON object")
-    return config
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise UserError(
-            f"{str(path)!r} is of the kind {kind!r}, which spf-kit does not read; of peft's "
-            "it reads LoRA and DoRA"
-        )
-    if config.get("bias", "none") != "none" or config.get("modules_to_save"):
-        raise UserError(
-            f"{str(path)!r} trained whole parameters beside the LoRA, which spf-kit does not read"
-        )
-
-
-def _matches(path: Path, pattern: str, module: str) -> bool:
-    """peft compares regular expressions with the ends of names. Files hold plain names, at most with `^`, and
-    running a stranger's expression could take forever: others are refused."""
-    plain = pattern.removeprefix("^").replace("\\.", ".")
-    if not re.fullmatch(r"[\w.]+", plain):
-        raise UserError(f"{str(path)!r} has the alpha_pattern {pattern!r}, which is more than a name")
-    return f".{module}".endswith(f".{plain}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+
 from spf_kit.adapters.index import IndexedLayer
 from spf_kit.adapters.loha import LohaLayer
 from spf_kit.adapters.lokr import LokrLayer
@@ -35,6 +37,8 @@ def load_layer(layer: IndexedLayer) -> Update:
                 f"{str(header.path)!r} is damaged: the tensor {layer.names[part]!r} holds NaN or infinite "
                 "values, as after a failed training: use an earlier save of it"
             )
+    if layer.factor != 1.0:
+        found["lokr_w1"] = (found["lokr_w1"].to(torch.float32) * layer.factor).to(found["lokr_w1"].dtype)
     dora = found.pop("dora_scale", None)
     try:
         loaded = LAYERS[layer.kind].from_parts(found, layer.alpha, layer.shape)

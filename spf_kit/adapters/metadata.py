@@ -6,7 +6,6 @@ tensors. https://github.com/kohya-ss/sd-scripts (train_network.py), https://gith
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spf_kit import __version__
+from spf_kit.adapters.hashes import legacy_hash
 from spf_kit.files import atomic, copy_bytes, sha256
 from spf_kit.headers import encode_header, read_header
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spf_kit.schema import Config
 
 _VERSIONS = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's names
+_SAI = "https://github.com/Stability-AI/generative-models"
 _ARCHITECTURES = {"sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
 
 
@@ -150,10 +151,29 @@ def _about_optimisation(config: Config) -> dict[str, Any]:
         "mixed_precision": train.mixed_precision,
         "full_fp16": False,
         "noise_offset": train.noise_offset or None,
+        "zero_terminal_snr": bool(config.base.zero_terminal_snr),
+        "prior_loss_weight": _prior_weight(config),
         "loss_type": ",".join(entry.id for entry in config.loss) or None,
         "min_snr_gamma": _loss_option(config, "min_snr_gamma"),
         "debiased_estimation": bool(_loss_option(config, "debiased")),
+        **_NOT_HERE,
     }
+
+
+# what kohya's trainer can do and this one does not: its metadata tell them too, and readers compare files
+_NOT_HERE: Mapping[str, Any] = {
+    "lowram": False, "multires_noise_iterations": None, "multires_noise_discount": None,
+    "adaptive_noise_scale": None, "noise_offset_random_strength": False, "ip_noise_gamma": None,
+    "ip_noise_gamma_random_strength": False, "scale_weight_norms": None, "huber_schedule": None,
+    "huber_c": None, "caption_dropout_every_n_epochs": 0, "caption_tag_dropout_rate": 0.0,
+    "face_crop_aug_range": None,
+}  # fmt: skip
+
+
+def _prior_weight(config: Config) -> float | None:
+    """Of the loss on prior pictures; None without one."""
+    found = (entry.model_extra or {} for entry in config.loss if entry.plugin == "prior_preservation")
+    return next((float(options.get("weight", 1.0)) for options in found), None)
 
 
 def _loss_option(config: Config, key: str) -> Any:
@@ -172,6 +192,7 @@ def _about_data(config: Config, data: Mapping[str, Any], run: Run) -> dict[str, 
         number: {"resolution": [bucket["width"], bucket["height"]], "count": bucket["samples"]}
         for number, bucket in enumerate(data.get("buckets", []))
     }
+    sides = [side for bucket in buckets.values() for side in bucket["resolution"]]
     return {
         "num_train_images": data.get("samples", 0),
         "num_reg_images": run.regularisation_pictures,
@@ -181,6 +202,8 @@ def _about_data(config: Config, data: Mapping[str, Any], run: Run) -> dict[str, 
         "enable_bucket": settings.buckets,
         "bucket_no_upscale": not settings.upscale,
         "bucket_info": json.dumps({"buckets": buckets}),
+        "min_bucket_reso": min(sides, default=None),
+        "max_bucket_reso": max(sides, default=None),
         "color_aug": False,
         "flip_aug": settings.flip,
         "random_crop": settings.crop == "random",
@@ -218,13 +241,6 @@ def _about_base(config: Config, family: str, run: Run) -> dict[str, Any]:
     return values
 
 
-def legacy_hash(path: str | Path) -> str:
-    """A1111's oldest model hash (AutoV1): 8 digits of the hash of 64 KB from the first megabyte on."""
-    with open(path, "rb") as file:
-        file.seek(0x100000)
-        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-
-
 # --- ModelSpec --------------------------------------------------------------------------------------------
 
 
@@ -237,9 +253,12 @@ def _modelspec(config: Config, family: str, run: Run) -> dict[str, str]:
     fields = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{architecture}/lora",
-        "implementation": "diffusers",
+        # whose names the tensors have
+        "implementation": _SAI if family == "sdxl" and config.output.format == "kohya" else "diffusers",
         "implementation_version": f"spf-kit/{__version__}",
         "title": config.attribute.name,
+        "description": f"Adds {config.attribute.name} to pictures whose prompt asks for it",
+        "usage_hint": f"Put '{config.attribute.target}' into the prompt",
         "resolution": f"{side}x{side}",
         "date": datetime.fromtimestamp(run.finished_at, UTC).isoformat(timespec="seconds"),
         "trigger_phrase": config.attribute.target,
@@ -251,8 +270,13 @@ def _modelspec(config: Config, family: str, run: Run) -> dict[str, str]:
 
 
 def parse_json(metadata: Mapping[str, str], key: str) -> Any:
-    """The value of a metadata entry that holds JSON; None if there is none or it is broken."""
+    """The value of a metadata entry that holds JSON; None if there is none or it is broken.
+
+    Without NaN and infinity, which Python reads and JSON has not, and halves of UTF-16 pairs.
+    """
     try:
-        return json.loads(metadata[key])
+        value = json.loads(metadata[key])
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (KeyError, ValueError, RecursionError):
         return None
+    return value

@@ -99,6 +99,12 @@ def family_of_unet(location: str, config: Mapping[str, Any]) -> str:
     if class_name != "UNet2DConditionModel":
         raise UserError(not_supported(location, f"a {class_name} model"))
     widths, context = config.get("block_out_channels", [0]), config.get("cross_attention_dim", 0)
+    channels = config.get("in_channels", 4)
+    if not _sizes_listed(widths) or type(channels) is not int:
+        raise UserError(
+            f"the config of the unet of {location!r} is damaged: block_out_channels = {widths!r:.60}, "
+            f"in_channels = {channels!r:.60}; copy it again"
+        )
     added = config.get("addition_embed_type")
     if added == "text_time" and context == 1280:
         raise UserError(not_supported(location, "an SDXL refiner"))
@@ -115,9 +121,11 @@ def family_of_unet(location: str, config: Mapping[str, Any]) -> str:
     plain = "sd2" if config.get("use_linear_projection") else "sd15"
     kind = "sdxl" if added else plain
     # a folder states all its sizes, so any size of the architecture can be loaded from one
-    return family_of_sizes(
-        location, config.get("in_channels", 4), widths[0], context, kind=kind, declared=kind
-    )
+    return family_of_sizes(location, channels, widths[0], context, kind=kind, declared=kind)
+
+
+def _sizes_listed(widths: Any) -> bool:
+    return isinstance(widths, (list, tuple)) and bool(widths) and all(type(width) is int for width in widths)
 
 
 def family_of_sizes(

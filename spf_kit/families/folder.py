@@ -43,7 +43,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{str(file)!r} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(file)!r} is damaged: it is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{str(file)!r} is damaged: it is not a JSON object")
@@ -65,14 +65,21 @@ def component_files(folder: Path) -> list[Path]:
                 f"{stem}.safetensors.index{variant}.json",
             ):
                 if (folder / index).is_file():
-                    names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
-                    return [folder / Path(name).name for name in names]
+                    return [folder / name for name in _shards(folder / index)]
     if any(file.suffix in PICKLES for file in folder.glob("*")):
         raise UserError(
             f"{str(folder)!r} holds its weights as pickles only, which can run any code when opened; "
             "get the model's .safetensors files (the hub has a converter: Space 'safetensors/convert')"
         )
     raise UserError(f"{str(folder)!r} holds no .safetensors weights")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, which lie beside it. Raises UserError if it names none."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(n, str) for n in places.values()):
+        raise UserError(f"{str(index)!r} is damaged: its weight_map is no table of file names; copy it again")
+    return sorted({Path(name).name for name in places.values()})
 
 
 def component_weights(folder: Path) -> Weights:

@@ -25,11 +25,14 @@ def load_module(
 
     Raises UserError if tensors are missing, unknown or of another shape than the config says.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
+    # libraries check a config in many places, each with an error of its own
+    checks = (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError)
     try:
         module = empty_module(component, source.configs[component])
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
-        # libraries check a config in many places, each with an error of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (*checks, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"the config of the {component} of {source.location!r} cannot be used: {reason}"
         ) from error

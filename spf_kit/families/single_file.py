@@ -115,7 +115,7 @@ def _stored(header: Header, name: str) -> dict[str, Any] | None:
         config = dict(json.loads(text))
         for prefix in ldm_keys.PREFIXES.get(name, ()):
             ldm_keys.key_map(name, config, prefix)  # the names must follow from it
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{str(header.path)!r}: its metadata {f'spf_kit.{name}'!r} is damaged ({error})"
         ) from error

@@ -141,15 +141,17 @@ def lora_name(path: Path | str) -> str:
 
 
 def lora_hash(path: Path | str, metadata: Mapping[str, str] | None = None) -> str:
-    """First 12 digits of a LoRA's `sshs_model_hash` (sha256 of a safetensors file beyond its header).
+    """First 12 digits of a LoRA's `sshs_model_hash` (sha256 of a safetensors file beyond its header; of
+    a folder with several, of all of them).
 
     That hash is the same whatever the metadata says; A1111 and Civitai ("AutoV3") identify LoRAs by it.
     """
     if metadata and metadata.get("sshs_model_hash"):
         return metadata["sshs_model_hash"][:12]
-    with Path(path).open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    return sha256(path, start=8 + header)[:12]
+    from spf_kit.adapters.earlier import tensors_hash
+    from spf_kit.adapters.index import index
+
+    return tensors_hash(index(path))[:12]
 
 
 def file_hash(path: Path | str) -> str:

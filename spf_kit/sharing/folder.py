@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from spf_kit.adapters import thumbnail as thumbnails
+from spf_kit.adapters.metadata import amend
 from spf_kit.adapters.weights import parse
 from spf_kit.errors import UserError
 from spf_kit.files import atomic, refuse_existing
@@ -20,6 +22,7 @@ from spf_kit.sharing.card import LICENCES, Facts, Picture, card
 from spf_kit.training.run_folder import RunFolder
 
 PICTURES = "images"
+FIRST = "first"  # the first picture that is drawn, as the thumbnail
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def share(
     count: int = 4,
     base_id: str | None = None,
     licence: str | None = None,
+    thumbnail: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -120,6 +124,7 @@ def share(
         prompts: what to draw; without any, the first `count` evaluated prompts with the target.
         base_id: the hub id of the base, where it was trained on a local file.
         licence: an identifier of the hub's; without one that of the family's original model.
+        thumbnail: a data URL for the LoRA's metadata, or `FIRST`.
 
     Raises:
         UserError: `output` exists, there is nothing to draw, or something cannot be written.
@@ -134,6 +139,9 @@ def share(
     with atomic(output, folder=True) as folder:
         _copy(run.lora, folder / run.file)
         pictures = _draw(run, family, cases, folder, progress)
+        if thumbnail is not None:
+            url = thumbnails.make(folder / pictures[0].file) if thumbnail == FIRST else thumbnail
+            amend(folder / run.file, {thumbnails.KEY: url})
         facts = _facts(run, family, pictures, base_id, licence)
         (folder / "README.md").write_text(card(facts), encoding="utf-8")
     return output

@@ -1,0 +1,77 @@
+"""The hashes that sharing sites, loaders and metadata know a file by. Imports no torch.
+
+    sha256            of the whole file; its first 10 digits are AutoV2, A1111's short hash
+    sshs_model_hash   of the tensors' part alone; its first 12 digits are AutoV3, whatever the metadata say
+    sshs_legacy_hash  8 digits of 64 KB from 1 MB on, of the file as with the `ss_` metadata alone
+    autov1            the same of the file as it is: A1111's oldest
+
+https://github.com/kohya-ss/sd-scripts, library/train_util.py, `precalculate_safetensors_hashes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from spf_kit.headers import Header, encode_header
+
+FREE = 2**30  # bytes; what is smaller takes less than a second, and is hashed without being asked
+_START, _LENGTH = 0x100000, 0x10000
+_BLOCK = 4 * 2**20
+
+
+def of_file(header: Header, *, whole: bool = False) -> dict[str, str]:
+    """All of them; those of whole files beyond `FREE` only if asked, else as the metadata tell them."""
+    told = {"autov1": legacy_hash(header.path), "sshs_legacy_hash": kohya_legacy_hash(header)}
+    data = header.metadata.get("sshs_model_hash")
+    if whole or header.path.stat().st_size <= FREE:
+        file, data = _digests(header)
+        told |= {"sha256": file, "autov2": file[:10]}
+    return {**told, "autov3": data[:12], "sshs_model_hash": data} if data else told
+
+
+def contradicts(hashes: Mapping[str, str], metadata: Mapping[str, str]) -> bool:
+    """Whether the metadata tell another hash of the tensors: these were changed after the file was saved."""
+    stored = metadata.get("sshs_model_hash")
+    return bool(stored) and hashes.get("sshs_model_hash", stored) != stored
+
+
+def legacy_hash(path: str | Path) -> str:
+    """A1111's oldest model hash (AutoV1): 8 digits of the hash of 64 KB from the first megabyte on."""
+    with open(path, "rb") as file:
+        file.seek(_START)
+        return hashlib.sha256(file.read(_LENGTH)).hexdigest()[:8]
+
+
+def kohya_legacy_hash(header: Header) -> str:
+    """`legacy_hash` of the file that has the same tensors and no metadata but the training's."""
+    described = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
+    training = {key: value for key, value in sorted(header.metadata.items()) if key.startswith("ss_")}
+    head = encode_header(described, training)
+    digest, start, end = hashlib.sha256(head[_START : _START + _LENGTH]), _START, _START + _LENGTH
+    with open(header.path, "rb") as file:
+        file.seek(header.data_start + max(start - len(head), 0))
+        digest.update(file.read(max(end - max(start, len(head)), 0)))
+    return digest.hexdigest()[:8]
+
+
+def _digests(header: Header) -> tuple[str, str]:
+    """sha256 of the whole file and of its tensors, side by side: hashing lets other threads run."""
+    whole, data = hashlib.sha256(), hashlib.sha256()
+    with ThreadPoolExecutor(1) as beside:
+        for number, block in enumerate(_blocks(header)):
+            started = beside.submit(whole.update, block)
+            if number:
+                data.update(block)
+            started.result()
+    return whole.hexdigest(), data.hexdigest()
+
+
+def _blocks(header: Header) -> Iterator[bytes]:
+    """All before the tensors at once, then those by pieces."""
+    with open(header.path, "rb") as file:
+        yield file.read(header.data_start)
+        while block := file.read(_BLOCK):
+            yield block

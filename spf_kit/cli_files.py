@@ -10,6 +10,8 @@ import typer
 from spf_kit.cli_options import Dtype, Json, Overwrite
 from spf_kit.console import command
 
+Output = Annotated[Path, typer.Option("--output", "-o", help="LoRA file to write.")]
+
 
 def convert(
     lora: Annotated[Path, typer.Argument(help="A LoRA file, or a folder of peft.")],
@@ -28,4 +30,29 @@ def convert(
         console.finish(told)
 
 
-COMMANDS = (convert,)
+def resize(
+    lora: Annotated[Path, typer.Argument(help="A LoRA file, or a folder of peft.")],
+    output: Output,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Rank of each layer, or with --keep most.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option("--keep", help="Share of each layer's squared norm to keep, as 0.9.")
+    ] = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Cut a LoRA to a rank, or to the ranks that keep a share of it."""
+    with command(json) as console:
+        from spf_kit.adapters import resize as resizing
+
+        with console.bar("resizing") as progress:
+            told = resizing.resize(
+                lora, output, rank, keep, dtype=dtype, overwrite=overwrite, progress=progress
+            )
+        console.show(told["sentence"])
+        console.finish(told)
+
+
+COMMANDS = (convert, resize)

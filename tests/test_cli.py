@@ -47,6 +47,7 @@ def test_help_lists_the_commands_and_imports_no_torch(spf_kit) -> None:
         "sample",
         "merge",
         "convert",
+        "resize",
         "evaluate",
         "inspect",
         "presets",

@@ -55,4 +55,25 @@ def resize(
         console.finish(told)
 
 
-COMMANDS = (convert, resize)
+def extract(
+    tuned: Annotated[str, typer.Argument(help="Tuned checkpoint: a .safetensors file or diffusers folder.")],
+    from_: Annotated[str, typer.Option("--from", help="The checkpoint that it was tuned on.")],
+    rank: Annotated[int, typer.Option("--rank", help="Rank of each layer.")],
+    output: Output,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write the difference of two checkpoints as a LoRA."""
+    with command(json) as console:
+        from spf_kit.adapters import extract as extracting
+
+        with console.bar("extracting") as progress:
+            told = extracting.extract(
+                tuned, from_, output, rank, dtype=dtype, overwrite=overwrite, progress=progress
+            )
+        console.show(told["sentence"])
+        console.finish(told)
+
+
+COMMANDS = (convert, resize, extract)

@@ -48,6 +48,7 @@ def test_help_lists_the_commands_and_imports_no_torch(spf_kit) -> None:
         "merge",
         "convert",
         "resize",
+        "extract",
         "evaluate",
         "inspect",
         "presets",

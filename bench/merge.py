@@ -114,13 +114,29 @@ def layers_of(kind: str, modules: Modules) -> dict[tuple[str, str], Update]:
 
 
 def timed(*command: str | Path) -> tuple[float, int]:
-    """Seconds and peak resident memory in bytes of a process. Raises RuntimeError if it fails."""
-    began = time.perf_counter()
+    """Seconds and peak resident memory in bytes of a process. Raises RuntimeError if it fails.
+
+    The peak is asked of the system while the process runs: what `wait4` tells counts this process too, from
+    which the other was started.
+    """
+    began, peak = time.perf_counter(), 0
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{command} ended with {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+    while process.poll() is None:
+        peak = max(peak, _high_water_mark(process.pid))
+        time.sleep(0.02)
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        raise RuntimeError(f"{command} ended with {process.returncode}")
+    return seconds, peak
+
+
+def _high_water_mark(pid: int) -> int:
+    """VmHWM in bytes; 0 for a process that has just ended, or not become what it shall be."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def copied(source: Path, target: Path) -> float:

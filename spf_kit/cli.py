@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from spf_kit import __version__
+from spf_kit import __version__, cli_files
+from spf_kit.cli_options import BaseModel, Dtype, Json, On, Overwrite, Plugins
 from spf_kit.console import command
 
 app = typer.Typer(
@@ -21,22 +22,6 @@ losses_app = typer.Typer(
     help="List the loss plugins with every parameter, or check one.", invoke_without_command=True
 )
 app.add_typer(losses_app, name="losses")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-BaseModel = Annotated[
-    str | None,
-    typer.Option(
-        "--base", help="Base model: a .safetensors file, a diffusers folder, a hub id or 'embedded'."
-    ),
-]
-Plugins = Annotated[
-    list[Path], typer.Option("--plugin", help="Python file that registers loss plugins (repeatable).")
-]
-On = Annotated[
-    list[str],
-    typer.Option("--on", metavar="LORA[:WEIGHT]", help="Earlier LoRA, part of the frozen base (repeatable)."),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -183,7 +168,7 @@ def merge(
     into: Annotated[
         str | None, typer.Option("--into", help="Checkpoint file, diffusers folder or 'embedded'.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = None,
+    dtype: Dtype = None,
     rank: Annotated[
         int | None, typer.Option("--rank", min=1, help="Without --into: rank of the result.")
     ] = None,
@@ -205,6 +190,10 @@ def merge(
             overwrite=overwrite,
             console=console,
         )
+
+
+for _function in cli_files.COMMANDS:
+    app.command()(_function)
 
 
 @app.command()

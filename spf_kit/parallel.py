@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -40,7 +40,7 @@ def split(count: int, batch_size: int, lanes: int) -> list[range]:
 
 def in_order(
     function: Callable[[In], Out], items: Sequence[In], lanes: int, *, stop: threading.Event | None = None
-) -> Iterator[Out]:
+) -> Generator[Out, None, None]:
     """`map(function, items)`, in `lanes` threads; the results come in order. With one lane in this thread.
 
     When the results are not read to the end (an error, Ctrl-C), `stop` is set, what has not begun is dropped,

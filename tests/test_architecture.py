@@ -40,7 +40,17 @@ HEAVY = {
     "numpy",
     "PIL",
 }
-LIGHT = ("cli.py", "console.py", "errors.py", "schema.py", "files.py", "config.py", "config/__init__.py")
+LIGHT = (
+    "cli.py",
+    "cli_files.py",
+    "cli_options.py",
+    "console.py",
+    "errors.py",
+    "schema.py",
+    "files.py",
+    "config.py",
+    "config/__init__.py",
+)
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:

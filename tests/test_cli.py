@@ -42,7 +42,19 @@ def refused(result, *words: str) -> None:
 def test_help_lists_the_commands_and_imports_no_torch(spf_kit) -> None:
     shown = spf_kit("--help")
     assert shown.code == 0
-    for name in ("train", "sample", "merge", "evaluate", "inspect", "presets", "losses", "doctor"):
+    for name in (
+        "train",
+        "sample",
+        "merge",
+        "convert",
+        "resize",
+        "extract",
+        "evaluate",
+        "inspect",
+        "presets",
+        "losses",
+        "doctor",
+    ):
         assert name in shown.out
     heavy = "('torch', 'diffusers', 'numpy')"
     code = f"import sys; import spf_kit.cli; print([m for m in {heavy} if m in sys.modules])"

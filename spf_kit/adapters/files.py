@@ -16,10 +16,12 @@ from spf_kit.adapters.index import LayerKey, index
 from spf_kit.adapters.keys import Format, UNetNames
 from spf_kit.adapters.layers import LoraLayer, Update, load_layer
 from spf_kit.adapters.parts import kind_of
-from spf_kit.adapters.peft_config import PEFT_CONFIG, PEFT_WEIGHTS
+from spf_kit.adapters.peft_config import DIFFUSERS_CONFIG_KEY, PEFT_CONFIG, PEFT_WEIGHTS
 from spf_kit.adapters.tensors import kohya_hashes, parse_dtype, write_tensors
 from spf_kit.errors import UserError
 from spf_kit.files import atomic
+
+OF_A_FORMAT = (DIFFUSERS_CONFIG_KEY, formats.ALPHAS)  # metadata that is about the tensors of one format
 
 __all__ = ["LoraFile", "LoraLayer", "check_family", "fit", "read", "write"]
 
@@ -90,19 +92,38 @@ def write(
         raise UserError(f"the LoRA file {str(path)!r} must end in .safetensors: loaders choose by that")
     if not lora.layers:
         raise UserError(f"there is nothing to write to {str(path)!r}: the LoRA has no layers")
-    expected: Mapping[LayerKey, Update]
+    metadata = {key: value for key, value in lora.metadata.items() if key not in OF_A_FORMAT}
+    expected, parts = _tensors(lora, format, kept)  # what the format cannot hold is refused before the disk
+    if format == "diffusers":
+        metadata |= formats.alphas_note(lora.layers)
     with atomic(path, folder=format == "peft") as temporary:
-        if format == "peft":
-            expected = _write_peft(lora, temporary, kept)
-        else:
-            if format == "kohya":
-                expected, tensors = lora.layers, formats.to_kohya(lora.layers, kept, _unet_names(lora))
-            else:
-                expected, tensors = _folded(lora, kept), formats.to_diffusers(lora.layers, kept)
-            metadata = {"format": "pt", **lora.metadata}
-            write_tensors(temporary, tensors, metadata | kohya_hashes(tensors, lora.metadata))
+        for component, part in parts.items():
+            file = temporary
+            if format == "peft":
+                # one component lies in the folder itself, several each in one of its name
+                own = temporary if len(parts) == 1 else temporary / component
+                own.mkdir(exist_ok=True)
+                text = json.dumps(part.config, indent=2, sort_keys=True, allow_nan=False)
+                (own / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
+                file = own / PEFT_WEIGHTS
+            hashes = kohya_hashes(part.tensors, metadata)
+            write_tensors(file, part.tensors, {"format": "pt", **metadata, **hashes})
         _verify(temporary, expected, kept)
     return path
+
+
+def _tensors(
+    lora: LoraFile, format: Format, dtype: torch.dtype
+) -> tuple[Mapping[LayerKey, Update], Mapping[str, formats.PeftPart]]:
+    """The layers as they will be read back, and the tensors by component (peft) or all together."""
+    if format == "peft":
+        held = {key: peft_format.as_held(layer) for key, layer in lora.layers.items()}
+        return held, formats.to_peft(lora.layers, dtype)
+    if format == "kohya":
+        tensors = formats.to_kohya(lora.layers, dtype, _unet_names(lora))
+        return lora.layers, {"": formats.PeftPart(tensors, {})}
+    tensors = formats.to_diffusers(lora.layers, dtype)
+    return folded(lora.layers, dtype), {"": formats.PeftPart(tensors, {})}
 
 
 def _unet_names(lora: LoraFile) -> UNetNames:
@@ -112,24 +133,11 @@ def _unet_names(lora: LoraFile) -> UNetNames:
     return "sai" if guess_family(lora.layers, lora.metadata) == "sdxl" else "diffusers"
 
 
-def _folded(lora: LoraFile, dtype: torch.dtype) -> dict[LayerKey, Update]:
+def folded(layers: Mapping[LayerKey, Update], dtype: torch.dtype) -> dict[LayerKey, Update]:
+    """As diffusers' format holds them."""
     return {
-        key: formats.fold_scale(formats.lora_only(layer, "diffusers"), dtype)
-        for key, layer in lora.layers.items()
+        key: formats.fold_scale(formats.lora_only(layer, "diffusers"), dtype) for key, layer in layers.items()
     }
-
-
-def _write_peft(lora: LoraFile, folder: Path, dtype: torch.dtype) -> Mapping[LayerKey, Update]:
-    """One component lies in the folder itself, several each in one of its name."""
-    parts = formats.to_peft(lora.layers, dtype)
-    for component, part in parts.items():
-        own = folder if len(parts) == 1 else folder / component
-        own.mkdir(exist_ok=True)
-        metadata = {"format": "pt", **lora.metadata}
-        write_tensors(own / PEFT_WEIGHTS, part.tensors, metadata | kohya_hashes(part.tensors, lora.metadata))
-        text = json.dumps(part.config, indent=2, sort_keys=True, allow_nan=False)
-        (own / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
-    return {key: peft_format.as_held(layer) for key, layer in lora.layers.items()}
 
 
 def _verify(path: Path, expected: Mapping[LayerKey, Update], dtype: torch.dtype) -> None:

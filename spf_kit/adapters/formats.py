@@ -2,11 +2,14 @@
 
 What an alpha becomes. kohya: a tensor for each layer. peft: `lora_alpha` and `alpha_pattern` in its config.
 diffusers before 0.35 and ComfyUI take a diffusers file without alphas for alpha = rank, so there the scale is
-multiplied into `lora_B`: every loader then applies the same update.
+multiplied into the two matrices: every loader then applies the same update. What alpha was stays in the
+metadata as `spf_kit.alphas`, so that it can come back.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +28,7 @@ from spf_kit.adapters.update import Update
 from spf_kit.errors import UserError
 
 Layers = Mapping[LayerKey, Update]
+ALPHAS = "spf_kit.alphas"  # one number, or one for each `component.module`
 _KOHYA_NAMES = {part: name for name, part in FILE_PARTS.items()}
 
 
@@ -56,6 +60,7 @@ def to_kohya(layers: Layers, dtype: torch.dtype, unet_names: UNetNames = "diffus
 def to_diffusers(layers: Layers, dtype: torch.dtype) -> dict[str, Tensor]:
     """`unet.….lora_A.weight`, `.lora_B.weight` and `.lora_magnitude_vector.weight`; alpha is the rank."""
     tensors = {}
+    refuse_half_dora(layers, "diffusers")
     for (component, module), layer in layers.items():
         refuse_flat_name(component, module, "diffusers")
         folded = fold_scale(lora_only(layer, "diffusers"), dtype)
@@ -68,6 +73,7 @@ def to_peft(layers: Layers, dtype: torch.dtype) -> dict[str, PeftPart]:
     from spf_kit.adapters import peft_format
 
     parts = {}
+    refuse_half_dora(layers, "peft")
     for component in dict.fromkeys(component for component, _ in layers):
         of_component = [(module, layer) for (c, module), layer in layers.items() if c == component]
         if any(layer.kind in peft_format.KINDS for _, layer in of_component):
@@ -100,11 +106,44 @@ def lora_only(layer: Update, format: str) -> LoraLayer:
 
 
 def fold_scale(layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:
-    """The same update with alpha = rank: `up` takes the scale, in float32 until it is cast."""
+    """The same update with alpha = rank, multiplied in float64 and rounded once.
+
+    A small scale goes into both matrices: alpha 1 at rank 128 in `up` alone would leave few digits in
+    float16. `down` takes a power of two of it, which costs no bit.
+    """
     if layer.scale == 1.0:
         return layer
-    up = (layer.up.to(torch.float32) * layer.scale).to(dtype)
-    return replace(layer, up=up, alpha=float(layer.rank))
+    for_up, for_down = _shares(layer.scale)
+    down = (layer.down.double() * for_down).to(dtype) if for_down != 1.0 else layer.down
+    up = (layer.up.double() * for_up).to(dtype)
+    return replace(layer, down=down, up=up, alpha=float(layer.rank))
+
+
+def unfold_scale(layer: LoraLayer, alpha: float) -> LoraLayer:
+    """The inverse of `fold_scale`; the layer as it is where that would not give its very bits again."""
+    if layer.scale != 1.0 or not alpha or not math.isfinite(alpha):
+        return layer
+    for_up, for_down = _shares(alpha / layer.rank)
+    down, up = ((t.double() / s).to(t.dtype) for t, s in ((layer.down, for_down), (layer.up, for_up)))
+    unfolded = replace(layer, down=down, up=up, alpha=alpha)
+    again = fold_scale(unfolded, layer.dtype)
+    same = torch.equal(again.down, layer.down) and torch.equal(again.up, layer.up)
+    return unfolded if same else layer
+
+
+def _shares(scale: float) -> tuple[float, float]:
+    """Of `up` and `down`, the latter a power of two: 1/128 is 1/16 * 1/8, and 0.6 stays 0.6 * 1."""
+    exponent = max(math.floor(-math.log2(abs(scale)) / 2), 0) if scale else 0
+    return scale * 2.0**exponent, 2.0**-exponent
+
+
+def alphas_note(layers: Layers) -> dict[str, str]:
+    """Metadata for `fold_scale`d layers; nothing where every alpha is the rank."""
+    alphas = {f"{component}.{module}": layer.alpha for (component, module), layer in layers.items()}
+    if all(layer.alpha == layer.rank for layer in layers.values()):
+        return {}
+    uniform = len(set(alphas.values())) == 1
+    return {ALPHAS: json.dumps(next(iter(alphas.values())) if uniform else alphas)}
 
 
 def _peft_tensors(name: str, layer: LoraLayer, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -155,6 +194,18 @@ def refuse_flat_name(component: str, module: str, format: str) -> None:
             f"the layer {module!r} of {component} cannot be written in the format {format}: "
             "its name is none of a Stable Diffusion model"
         )
+
+
+def refuse_half_dora(layers: Layers, format: str) -> None:
+    """peft and diffusers give every layer of a component magnitudes if one has them."""
+    for component in dict.fromkeys(component for component, _ in layers):
+        own = {module: layer for (c, module), layer in layers.items() if c == component}
+        without = [module for module, layer in own.items() if layer.dora_scale is None]
+        if 0 < len(without) < len(own):
+            raise UserError(
+                f"{component} has DoRA magnitudes in some layers and none in {without[0]!r}, which the "
+                f"format {format} cannot hold: write it with format kohya"
+            )
 
 
 def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ _NAMES = {
     "sd2": "Stable Diffusion 2.x",
     "sdxl": "Stable Diffusion XL",
 }
+FAMILIES = frozenset(_NAMES)
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}  # of the text embeddings that cross-attention reads
 _VERSIONS = {"sd_v1": "sd15", "sd_v2": "sd2", "sdxl_": "sdxl", "embedded": "embedded"}
 

@@ -51,6 +51,18 @@ class LohaLayer(Update):
         second = _product(self.hada_w2_a, self.hada_w2_b, self.hada_t2, dtype)
         return (first * second * self.scale).reshape(self.shape)
 
+    def rows(self, weight: Tensor, first: int) -> Tensor:
+        here = slice(first, first + len(weight))
+        tensors = (
+            (self.hada_w1_a, self.hada_w1_b, self.hada_t1),
+            (self.hada_w2_a, self.hada_w2_b, self.hada_t2),
+        )
+        products = [
+            a[here] @ b.flatten(1) if core is None else tucker(core, a[:, here], b).flatten(1)
+            for a, b, core in tensors
+        ]
+        return products[0].mul_(products[1]).mul_(self.scale)
+
     def live(self, weight: Tensor) -> Update:
         return self if self.dora_scale is None else whole(self.delta(weight))
 

@@ -91,6 +91,14 @@ class LokrLayer(Update):
         small = small.reshape(*small.shape, *[1] * (large.dim() - 2))
         return torch.kron(small, large.contiguous()) * self.scale
 
+    def rows(self, weight: Tensor, first: int) -> Tensor:
+        """Row a c + c' is the row a of C times the row c' of D."""
+        small, large = self.small(torch.float32), self.large(torch.float32).flatten(1)
+        numbers = torch.arange(first, first + len(weight))
+        of_small, of_large = small[numbers // len(large)], large[numbers % len(large)]
+        product = of_small[:, :, None] * of_large[:, None, :] * self.scale
+        return product.reshape(len(weight), -1)
+
     def live(self, weight: Tensor) -> Update:
         return self if self.dora_scale is None else whole(self.delta(weight))
 

@@ -53,10 +53,11 @@ class LoraLayer(Update):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.up.flatten(1).double() * self.scale, self.down.flatten(1).double()
 
-    def add_to(self, total: Tensor, factor: float, weight: Tensor) -> None:
-        """Without DoRA in one pass over the weight, where an update and a sum take four."""
-        if self.dora_scale is not None:
-            return super().add_to(total, factor, weight)
-        self.check(total)
-        up = self.up.flatten(1).to(total.dtype) * (self.scale * factor)
-        total.view(total.shape[0], -1).addmm_(up, self.down.flatten(1).to(total.dtype))
+    def rows(self, weight: Tensor, first: int) -> Tensor:
+        up = self.up.flatten(1)[first : first + len(weight)] * self.scale
+        return up @ self.down.flatten(1)
+
+    def add_rows(self, total: Tensor, weight: Tensor, first: int, factor: float) -> None:
+        """In one pass over the rows, where a product and a sum take two."""
+        up = self.up.flatten(1)[first : first + len(total)]
+        total.addmm_(up, self.down.flatten(1), alpha=self.scale * factor)

@@ -1,9 +1,7 @@
 """Several LoRAs into one: the sum of their updates, cut to a rank by its singular value decomposition.
 
 The sum of updates of ranks r_1, ..., r_n has at most rank R = r_1 + ... + r_n, and its factors are known:
-U = [w_1 s_1 up_1, ...] (o, R) and D = [down_1; ...] (R, i). With U = Q_u R_u and D^T = Q_d R_d, the singular
-values of U D are those of R_u R_d^T, which is only R x R. Keeping the largest r of them is the best
-approximation of rank r (Eckart and Young), and what is left out is known exactly.
+U = [w_1 s_1 up_1, ...] (o, R) and D = [down_1; ...] (R, i). `low_rank` cuts their product.
 
 LoHa and LoKr are products too, of higher rank (`Update.factors`): r^2 columns, or a Kronecker factor's size
 times r. Where R exceeds the rank that a matrix can have, the decomposition is made all the same, and loses
@@ -15,39 +13,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from spf_kit.adapters import files, keys
 from spf_kit.adapters.guess import family_name, guess_family
 from spf_kit.adapters.index import IndexedLayer, LayerKey
 from spf_kit.adapters.keys import flatten
 from spf_kit.adapters.layers import LAYERS, LoraLayer, Update, load_layer
+from spf_kit.adapters.low_rank import Cut, cut_product, whole_residual
 from spf_kit.adapters.merge_plan import Source, Weighted, open_sources
 from spf_kit.adapters.parts import NAMES
 from spf_kit.adapters.streaming import Progress
 from spf_kit.adapters.tensors import DTYPES, parse_dtype
 from spf_kit.errors import UserError
 from spf_kit.files import refuse_existing
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A merged layer, and the squared singular values kept and lost."""
-
-    layer: LoraLayer
-    kept: float
-    lost: float
-
-    @property
-    def residual(self) -> float:
-        """Share of the update that is missing, as a quotient of Frobenius norms."""
-        total = self.kept + self.lost
-        return math.sqrt(self.lost / total) if total else 0.0
 
 
 def merge_loras(
@@ -89,7 +71,7 @@ def merge_loras(
     sai = any(source.lora.unet_names == "sai" for source in sources)
     merged = files.LoraFile(dict(layers), _metadata(sources, layers), unet_names="sai" if sai else None)
     files.write(merged, output, "kohya", kept)
-    residual = _residual(list(cuts.values()))
+    residual = whole_residual(cuts.values())
     worst = max(cuts, key=lambda key: cuts[key].residual)
     ranks = sorted(merged.ranks)
     return {
@@ -103,35 +85,21 @@ def merge_loras(
     }
 
 
-def merge_layer(parts: Sequence[tuple[Update, float]], rank: int | None, kernel: tuple[int, ...] = ()) -> Cut:
-    """One layer of some LoRAs, each with its weight, as one of `rank` (None: as many as needed).
-
-    `kernel` is that of the weight, where the layers' shapes do not tell it.
-    """
+def merge_layer(
+    parts: Sequence[tuple[Update, float]],
+    rank: int | None,
+    kernel: tuple[int, ...] = (),
+    keep: float | None = None,
+) -> Cut:
+    """One layer of some LoRAs, each with its weight, as one of `rank` (None: as many as needed), see
+    `cut_product`. `kernel` is that of the weight, where the layers' shapes do not tell it."""
     shape = max((layer.shape for layer, _ in parts), key=len)
     if len(shape) == 2 and kernel and any(layer.kind != "lora" for layer, _ in parts):
         shape = (shape[0], shape[1] // math.prod(kernel), *kernel)
     factors = [(layer.factors(), weight) for layer, weight in parts]
     up = torch.cat([up * weight for (up, _), weight in factors], dim=1)
     down = torch.cat([down for (_, down), _ in factors])
-    if up.shape[1] > (most := min(shape[0], math.prod(shape[1:]))):
-        rank = min(rank or most, most)
-    if rank is None or rank >= up.shape[1]:
-        kept = float((up.T @ up * (down @ down.T)).sum())  # squared Frobenius norm of up @ down
-        return Cut(_layer(up, down, shape), kept, 0.0)
-    up_basis, up_small = torch.linalg.qr(up)
-    down_basis, down_small = torch.linalg.qr(down.T)
-    left, values, right = torch.linalg.svd(up_small @ down_small.T)
-    root = values[:rank].sqrt()
-    squares = values.square()
-    layer = _layer(up_basis @ left[:, :rank] * root, root[:, None] * (right[:rank] @ down_basis.T), shape)
-    return Cut(layer, float(squares[:rank].sum()), float(squares[rank:].sum()))
-
-
-def _layer(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> LoraLayer:
-    rank, tail = up.shape[1], [1] * (len(shape) - 2)
-    up, down = up.float(), down.float()
-    return LoraLayer(down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *tail), float(rank))
+    return cut_product(up, down, shape, rank, keep)
 
 
 def _by_layer(sources: Sequence[Source]) -> dict[LayerKey, list[tuple[Update, float]]]:
@@ -169,11 +137,6 @@ def _check(sources: Sequence[Source]) -> None:
     if len(families) > 1:
         told = " and ".join(f"{str(path)!r} for {family_name(name)}" for name, path in families.items())
         raise UserError(f"the LoRAs are of different families: {told}")
-
-
-def _residual(cuts: Sequence[Cut]) -> float:
-    total = sum(cut.kept + cut.lost for cut in cuts)
-    return math.sqrt(sum(cut.lost for cut in cuts) / total) if total else 0.0
 
 
 def _widest(sources: Sequence[Source]) -> torch.dtype:

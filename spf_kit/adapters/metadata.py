@@ -218,16 +218,32 @@ def _about_data(config: Config, data: Mapping[str, Any], run: Run) -> dict[str, 
     }
 
 
-def _v_suffix(family: str, run: Run) -> str:
+def base_metadata(family: str, model: str, prediction_type: str = "epsilon") -> dict[str, str]:
+    """What loaders read to learn which base a LoRA is for, where no training tells it."""
+    path = Path(model)
+    hashed = {"ss_sd_model_hash": legacy_hash(path)} if path.is_file() else {}
+    return {
+        "ss_base_model_version": _version(family, prediction_type),
+        "ss_v2": str(family == "sd2"),
+        "ss_sd_model_name": path.name,
+        **hashed,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": _architecture(family, prediction_type),
+        "modelspec.implementation": "diffusers",
+    }
+
+
+def _version(family: str, prediction_type: str) -> str:
     """kohya names 1.x and 2.x models that predict v apart, SDXL's not."""
-    return "_v" if family in ("sd15", "sd2") and run.prediction_type == "v_prediction" else ""
+    v = family in ("sd15", "sd2") and prediction_type == "v_prediction"
+    return _VERSIONS.get(family, family) + ("_v" if v else "")
 
 
 def _about_base(config: Config, family: str, run: Run) -> dict[str, Any]:
     """Names without folders: a shared file does not tell where its maker keeps things."""
     base = config.base
     values: dict[str, Any] = {
-        "base_model_version": _VERSIONS.get(family, family) + _v_suffix(family, run),
+        "base_model_version": _version(family, run.prediction_type),
         "v2": family == "sd2",
         "clip_skip": base.clip_skip if base.clip_skip > 1 else None,
         "sd_model_name": Path(base.model).name,
@@ -247,12 +263,9 @@ def _about_base(config: Config, family: str, run: Run) -> dict[str, Any]:
 def _modelspec(config: Config, family: str, run: Run) -> dict[str, str]:
     """https://github.com/Stability-AI/ModelSpec 1.0.1; `hash_sha256` joins when the file is written."""
     side = config.data.resolution
-    architecture = _ARCHITECTURES.get(family, "stable-diffusion-v1")
-    if family == "sd2" and run.prediction_type == "v_prediction":
-        architecture = "stable-diffusion-v2-768-v"
     fields = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{architecture}/lora",
+        "architecture": _architecture(family, run.prediction_type),
         # whose names the tensors have
         "implementation": _SAI if family == "sdxl" and config.output.format == "kohya" else "diffusers",
         "implementation_version": f"spf-kit/{__version__}",
@@ -267,6 +280,12 @@ def _modelspec(config: Config, family: str, run: Run) -> dict[str, str]:
     if config.base.clip_skip > 1:
         fields["encoder_layer"] = str(config.base.clip_skip)
     return {f"modelspec.{key}": value for key, value in fields.items()}
+
+
+def _architecture(family: str, prediction_type: str) -> str:
+    if family == "sd2" and prediction_type == "v_prediction":
+        return "stable-diffusion-v2-768-v/lora"
+    return f"{_ARCHITECTURES.get(family, 'stable-diffusion-v1')}/lora"
 
 
 def parse_json(metadata: Mapping[str, str], key: str) -> Any:

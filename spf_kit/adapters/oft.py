@@ -79,18 +79,26 @@ class OftLayer(Update):
         norm = (blocks - blocks.mT).norm()
         return blocks * (self.alpha * self.shape[0] / norm).clamp(max=1.0) if norm > 0 else blocks
 
-    def rotations(self) -> Tensor:
-        """R (k, n, n), float64."""
-        blocks = self.limited
+    def rotations(self, here: slice = slice(None)) -> Tensor:
+        """R (k, n, n), float64, or some of its blocks."""
+        blocks = self.limited[here]
         skew, one = blocks - blocks.mT, torch.eye(self.rank, dtype=torch.float64)
         return torch.linalg.solve(one - skew, one + skew, left=False)
 
     def difference(self, weight: Tensor) -> Tensor:
-        turned = self.rotations().to(weight.dtype).mT @ weight.reshape(-1, self.rank, weight[0].numel())
-        turned = turned.reshape(weight.shape)
+        return self.rows(weight.reshape(len(weight), -1), 0).reshape(weight.shape)
+
+    @property
+    def rows_together(self) -> int:
+        return self.rank
+
+    def rows(self, weight: Tensor, first: int) -> Tensor:
+        size, last = self.rank, first + len(weight)
+        rotations = self.rotations(slice(first // size, last // size)).to(weight.dtype)
+        turned = (rotations.mT @ weight.reshape(-1, size, weight.shape[1])).reshape(weight.shape)
         if self.rescale is not None:
-            turned = turned * self.rescale.to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1))
-        return turned - weight
+            turned.mul_(self.rescale.to(weight.dtype).reshape(-1, 1)[first:last])
+        return turned.sub_(weight)
 
     def update(self, dtype: torch.dtype = torch.float32) -> Tensor:
         raise ValueError("what an OFT adds depends on the weight")

@@ -19,16 +19,16 @@ LAYERS = 2
 
 def to_sai(module: str) -> str | None:
     """diffusers' name of a module to SAI's; None if it has none."""
-    return _names().to_ldm(module)
+    return names().to_ldm(module)
 
 
 def to_diffusers(module: str) -> str | None:
     """SAI's name of a module to diffusers'; None if it is none."""
-    return _names().to_diffusers(module) if module.startswith(HEADS) else None
+    return names().to_diffusers(module) if module.startswith(HEADS) else None
 
 
 @cache
-def _names() -> KeyMap:
+def names() -> KeyMap:
     """Of a model with attention on every level, which is the numbering of those with less."""
     config = {
         "layers_per_block": LAYERS,

@@ -98,7 +98,7 @@ class Update(ABC):
 
         Raises ValueError if the shapes do not fit, see `parts.fits`.
         """
-        self.check(weight)
+        self.check(tuple(weight.shape))
         original = weight.to(torch.float32)
         difference = self.difference(original)
         if self.dora_scale is None:
@@ -106,15 +106,26 @@ class Update(ABC):
         magnitude = self.dora_scale.to(torch.float32)
         return dora_weight(original, difference, magnitude, self.dora_axis or 0) - original
 
-    def add_to(self, total: Tensor, factor: float, weight: Tensor) -> None:
-        """total += factor * delta(weight) in place, for a float32 `total`."""
-        total += factor * self.delta(weight)
+    # --- some rows at a time, see `rows` ---
 
-    def check(self, weight: Tensor) -> None:
-        if not fits(self.shape, tuple(weight.shape)):
-            raise ValueError(
-                f"an update of shape {self.shape} does not fit a weight of {tuple(weight.shape)}"
-            )
+    @property
+    def rows_together(self) -> int:
+        """Blocks of rows begin at multiples of this."""
+        return 1
+
+    @abstractmethod
+    def rows(self, weight: Tensor, first: int) -> Tensor:
+        """W' - W before DoRA for the rows from `first` on, new and like `weight`: (n, i h w), these rows of W
+        in float32, of which only kinds that depend on W read the values. The parts are in float32 too."""
+
+    def add_rows(self, total: Tensor, weight: Tensor, first: int, factor: float) -> None:
+        """total += factor * rows(weight, first) in place."""
+        total.add_(self.rows(weight, first), alpha=factor)
+
+    def check(self, weight: Shape) -> None:
+        """Raises ValueError if the update does not fit a weight of this shape."""
+        if not fits(self.shape, weight):
+            raise ValueError(f"an update of shape {self.shape} does not fit a weight of {weight}")
 
 
 def tucker(core: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:

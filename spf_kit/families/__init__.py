@@ -46,7 +46,7 @@ def load(base: Base, *, device: str = "cpu") -> Family:
     from spf_kit.families.sd15 import SD15Family
     from spf_kit.families.sdxl import SDXLFamily
 
-    source = _open(base.model)
+    source = open_source(base.model)
     family = SDXLFamily if source.name == "sdxl" else SD15Family
     return family(
         source,
@@ -58,7 +58,11 @@ def load(base: Base, *, device: str = "cpu") -> Family:
     )
 
 
-def _open(model: str) -> Source:
+def open_source(model: str) -> Source:
+    """Where a model's weights lie; nothing but configs and headers is read, a hub model is downloaded.
+
+    Raises UserError as `detect` does.
+    """
     from spf_kit.families.single_file import SingleFileSource
 
     if model == EMBEDDED:
@@ -77,7 +81,9 @@ def _open_vae(base: Base) -> Source | None:
     from spf_kit.families.vae import VaeSource
 
     return (
-        None if base.vae is None else VaeSource(Path(base.vae).expanduser(), _open(base.model).configs["vae"])
+        None
+        if base.vae is None
+        else VaeSource(Path(base.vae).expanduser(), open_source(base.model).configs["vae"])
     )
 
 

@@ -1,0 +1,93 @@
+"""Bytes between two files, by several threads: read into a buffer that is used again, written, or copied."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from spf_kit.adapters.tensors import tensor_bytes
+from spf_kit.errors import UserError
+from spf_kit.files import CHUNK
+
+# the system cannot copy between these files itself
+_NO_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
+
+
+class Transfer:
+    """From `source` to `target`, both of which exist. Each thread has its own handles and its own buffer."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self._paths = source, target
+        self._local = threading.local()
+        self._opened: list[BinaryIO] = []
+        self._system_copies = hasattr(os, "copy_file_range")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._opened:
+            file.close()
+
+    def read(self, start: int, size: int) -> Tensor:
+        """(size,) uint8 of the source: this thread's buffer, the same one at the next call."""
+        source, _ = self._files()
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self._local.buffer = torch.empty(size, dtype=torch.uint8)
+        part: Tensor = buffer[:size]
+        view = memoryview(part.numpy())
+        source.seek(start)
+        position = 0
+        while position < size:
+            count = source.readinto(view[position:])  # type: ignore[attr-defined]
+            if not count:
+                raise self._shorter()
+            position += count
+        return part
+
+    def write(self, start: int, tensor: Tensor) -> None:
+        """The tensor's bytes to the target."""
+        _, target = self._files()
+        target.seek(start)
+        view = tensor_bytes(tensor)
+        while view:
+            view = view[target.write(view) :]
+
+    def copy(self, start: int, to: int, size: int) -> None:
+        """A range of the source to the target, without passing through this process where the system can."""
+        source, target = self._files()
+        while size and self._system_copies:
+            try:
+                count = os.copy_file_range(source.fileno(), target.fileno(), size, start, to)
+            except OSError as error:
+                if error.errno not in _NO_COPY:
+                    raise
+                self._system_copies = False
+                break
+            if not count:
+                raise self._shorter()
+            start, to, size = start + count, to + count, size - count
+        while size:
+            part = self.read(start, min(CHUNK, size))
+            self.write(to, part)
+            start, to, size = start + len(part), to + len(part), size - len(part)
+
+    def _files(self) -> tuple[BinaryIO, BinaryIO]:
+        if not hasattr(self._local, "files"):
+            source, target = self._paths
+            self._local.files = source.open("rb", buffering=0), target.open("r+b", buffering=0)
+            self._opened += self._local.files
+        return self._local.files  # type: ignore[no-any-return]
+
+    def _shorter(self) -> UserError:
+        return UserError(f"the file {str(self._paths[0])!r} became shorter while it was read")

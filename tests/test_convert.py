@@ -278,7 +278,10 @@ def dora(axis: int) -> LoraLayer:
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        ({PROJ: loha()}, "this is a LoHa: write it with format kohya"),
+        (
+            {PROJ: loha(), TO_K: LoraLayer(torch.ones(2, 8), torch.ones(8, 2), 2.0)},
+            "(this is a LoHa|holds one kind): write it with format kohya",
+        ),
         ({PROJ: dora(1)}, "magnitudes for its inputs, which only kohya's format can hold"),
         (
             {PROJ: dora(0), TO_K: LoraLayer(torch.ones(2, 8), torch.ones(8, 2), 2.0)},
@@ -297,6 +300,13 @@ def test_what_a_format_cannot_hold_is_refused_before_the_disk(
     told = convert(source, tmp_path / "b.safetensors", "kohya")  # its own format it keeps
     same(files.read(tmp_path / "b.safetensors"), files.read(source))
     assert (told["rounding"], told["ignored"]) == (0.0, 0)
+
+
+def test_a_loha_goes_through_pefts_format(tmp_path: Path) -> None:
+    source = files.write(LoraFile({PROJ: loha()}), tmp_path / "a.safetensors", dtype="float32")
+    assert convert(source, tmp_path / "peft", "peft")["ignored"] == 0
+    convert(tmp_path / "peft", tmp_path / "b.safetensors", "kohya")
+    same(files.read(tmp_path / "b.safetensors"), files.read(source))
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,9 @@ def test_refusals_leave_nothing(
         layer.up.fill_(60_000)
         layer.down.fill_(10)
     files.write(huge, tmp_path / "huge.safetensors")
+    for layer in huge.layers.values():  # finite each, and their product not even in float32
+        layer.up, layer.down = (torch.full_like(t, 1e30, dtype=torch.float32) for t in (layer.up, layer.down))
+    files.write(huge, tmp_path / "overflowing.safetensors", dtype="float32")
     nan = load_file(plain)
     nan[next(n for n in nan if n.endswith("up.weight"))].fill_(torch.nan)
     save_file(nan, tmp_path / "nan.safetensors")
@@ -329,6 +332,7 @@ def test_refusals_leave_nothing(
         (([(broken, 1.0)], single, out), r"broken\.safetensors' is damaged"),
         (([(tmp_path / "nan.safetensors", 1.0)], single, out), r"nan\.safetensors' is damaged.*NaN"),
         (([(tmp_path / "huge.safetensors", 1.0)], single, out), "too large for F16: lower the LoRA's weight"),
+        (([(tmp_path / "overflowing.safetensors", 1.0)], single, out), "too large for F16"),
         (([(single, 1.0)], single, out), "is a checkpoint, not a LoRA"),
         (([(plain, 1.0)], plain, out), "is a LoRA, not a base model"),
         (([(plain, 1.0)], single, out.with_suffix(".ckpt")), r"must end in \.safetensors"),

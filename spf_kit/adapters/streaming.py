@@ -144,7 +144,8 @@ class _Rewriter:
             return
         name = part.names[0]
         weight = _Weight(self._header.tensors[name], self._transfer)
-        target = _Target(self._header.path, name, self._described[name][0], part.target, self._transfer)
+        dtype = self._described[name][0]
+        target = _Target(self._header.path, name, dtype, part.target, self._transfer, weight)
         layers = self._changes.get(name, ())
         if sum(4 * change.layer.parameters for change in layers) <= self._held:
             self._by_rows(weight, target, layers)
@@ -229,22 +230,29 @@ class _Placed:
 class _Target:
     """Where a tensor's rows go, rounded to its type there."""
 
-    def __init__(self, path: Path, name: str, dtype: str, start: int, transfer: Transfer) -> None:
+    def __init__(
+        self, path: Path, name: str, dtype: str, start: int, transfer: Transfer, source: _Weight
+    ) -> None:
         self._path, self._name, self._dtype = path, name, dtype
-        self._start, self._transfer = start, transfer
+        self._start, self._transfer, self._source = start, transfer, source
 
     def write(self, total: Tensor, rows: range) -> None:
         """Raises UserError if a value is too large for the type. `total` is (n, k) float32."""
         dtype = DTYPES[self._dtype]
         result, largest = total.to(dtype), torch.finfo(dtype).max
         low, high = torch.aminmax(total) if total.numel() else (0.0, 0.0)
-        # what is a NaN or infinite in the base stays so; the comparisons are false for it too
-        if not (-largest <= low and high <= largest) and not all_finite(result) and all_finite(total):
+        # the comparisons are false for NaN; what is NaN or infinite in the base stays so
+        if not (-largest <= low and high <= largest) and self._overflows(total, result, rows):
             raise UserError(
                 f"{str(self._path)!r}: the weight {self._name!r} would become {total.abs().max():.4g}, too "
                 f"large for {self._dtype}: lower the LoRA's weight or give --dtype float32"
             )
         self._transfer.write(self._start + rows.start * total.shape[1] * dtype.itemsize, result)
+
+    def _overflows(self, total: Tensor, result: Tensor, rows: range) -> bool:
+        if all_finite(result):
+            return False
+        return all_finite(total) or all_finite(self._source.read(rows))
 
 
 def _check_computable(header: Header, name: str) -> None:

@@ -69,6 +69,8 @@ class Needs:
         instead of the data's (see `training.walks`); `step.latents`, `noise` and `target` say nothing there.
         """
         attention = frozenset((name, pattern) for name in passes for pattern in layers)
+        if others.get("plain_walk") and not (others.get("plain_share") and "reference" in passes):
+            raise ValueError("plain_walk goes with plain_share and the pass reference, whose steps it takes")
         return cls(frozenset(passes), attention=attention, **others)
 
     @property

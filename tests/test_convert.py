@@ -295,11 +295,21 @@ def test_what_a_format_cannot_hold_is_refused_before_the_disk(
 ) -> None:
     source = files.write(LoraFile(layers), tmp_path / "a.safetensors", dtype="float32")
     with pytest.raises(UserError, match=reason):
-        convert(source, tmp_path / "folder" / "out.safetensors", format)
+        convert(source, tmp_path / "folder" / ("out" if format == "peft" else "out.safetensors"), format)
     assert os.listdir(tmp_path) == ["a.safetensors"]
     told = convert(source, tmp_path / "b.safetensors", "kohya")  # its own format it keeps
     same(files.read(tmp_path / "b.safetensors"), files.read(source))
     assert (told["rounding"], told["ignored"]) == (0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), [("peft", "out.safetensors"), ("kohya", "out"), ("diffusers", "out.pt")]
+)
+def test_a_name_that_loaders_would_not_take_is_refused(tmp_path: Path, format: str, name: str) -> None:
+    source = files.write(LoraFile({PROJ: loha()}), tmp_path / "a.safetensors", dtype="float32")
+    with pytest.raises(UserError, match=r"without \.safetensors|must end in \.safetensors"):
+        convert(source, tmp_path / name, format)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
 def test_a_loha_goes_through_pefts_format(tmp_path: Path) -> None:

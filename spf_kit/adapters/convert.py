@@ -42,13 +42,15 @@ def convert(
 
     Returns:
         JSON-able: `ignored` is how many keys of the result a loader would leave out, always 0; `rounding` the
-        largest relative change (Frobenius) of a tensor, 0 where every bit was kept.
+        largest relative change (Frobenius) of a tensor, 0 where every bit was kept, beside the file or, where
+        that notes the alphas that it was written from, beside those tensors.
 
     Raises:
         UserError: the file is missing or damaged, the format cannot hold it, a layer's name is none of a
             Stable Diffusion model's, a value does not fit the type, or `output` exists without `overwrite`.
     """
     output, wanted = Path(output), _format(format)
+    files.check_name(output, wanted)
     refuse_existing(output, overwrite)
     source = with_own_alphas(files.read(lora))
     _refuse_strangers(source)
@@ -89,8 +91,8 @@ def with_own_alphas(lora: LoraFile) -> LoraFile:
     layers: dict[LayerKey, Update] = {}
     for (component, module), layer in lora.layers.items():
         alpha = noted.get(f"{component}.{module}") if isinstance(noted, dict) else noted
-        if isinstance(layer, LoraLayer) and type(alpha) in (int, float):
-            layer = formats.unfold_scale(layer, float(alpha))  # type: ignore[arg-type]
+        if isinstance(layer, LoraLayer) and isinstance(alpha, int | float) and abs(alpha) < 1e30:
+            layer = formats.unfold_scale(layer, float(alpha))
         layers[component, module] = layer
     return replace(lora, layers=layers)
 

@@ -27,6 +27,7 @@ from spf_kit.adapters.metadata import base_metadata
 from spf_kit.adapters.streaming import Progress
 from spf_kit.adapters.tensors import is_floating, parse_dtype, read_tensor
 from spf_kit.errors import UserError
+from spf_kit.families.folder import FolderSource
 from spf_kit.families.sources import Place, Source, Weights, components_of
 from spf_kit.files import refuse_existing
 from spf_kit.headers import Header, read_header
@@ -77,6 +78,7 @@ def extract(
     output, kept = Path(output), parse_dtype(dtype) if dtype else None
     if rank < 1:
         raise UserError(f"--rank {rank} is no rank: give 1 or more")
+    files.check_name(output, "kohya")
     refuse_existing(output, overwrite)
     sources = families.open_source(str(tuned)), families.open_source(str(base))
     if sources[0].name != sources[1].name:
@@ -158,7 +160,8 @@ def _pairs(tuned: Source, base: Source, component: str) -> dict[str, tuple[Place
         try:
             weights.append(_trained(source.weights(component)))
         except UserError:
-            if component == "unet":
+            # a folder says itself which parts it has, so that what cannot be read there is damaged
+            if component == "unet" or (isinstance(source, FolderSource) and component != "vae"):
                 raise
             return {}
     theirs, ours = weights
@@ -210,9 +213,10 @@ def _difference(
             f"{base.location!r}: they are not of one architecture"
         )
     wide = torch.float64 if torch.float64 in (theirs.dtype, ours.dtype) else torch.float32
-    coarse = min(theirs.dtype, ours.dtype, key=lambda dtype: dtype.itemsize)
-    if torch.equal(theirs.to(coarse).to(wide), ours.to(coarse).to(wide)):
-        return None
+    smallest = min(theirs.dtype.itemsize, ours.dtype.itemsize)
+    for coarse in {dtype for dtype in (theirs.dtype, ours.dtype) if dtype.itemsize == smallest}:
+        if torch.equal(theirs.to(coarse).to(wide), ours.to(coarse).to(wide)):
+            return None
     difference = theirs.to(wide) - ours.to(wide)
     if not torch.isfinite(difference).all():
         raise UserError(

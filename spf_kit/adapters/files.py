@@ -88,8 +88,7 @@ def write(
     Raises UserError if a value does not fit the type, the name has the wrong suffix, or the disk refuses.
     """
     path, kept = Path(path), parse_dtype(dtype or lora.dtype)
-    if format != "peft" and path.suffix != ".safetensors":
-        raise UserError(f"the LoRA file {str(path)!r} must end in .safetensors: loaders choose by that")
+    check_name(path, format)
     if not lora.layers:
         raise UserError(f"there is nothing to write to {str(path)!r}: the LoRA has no layers")
     metadata = {key: value for key, value in lora.metadata.items() if key not in OF_A_FORMAT}
@@ -110,6 +109,14 @@ def write(
             write_tensors(file, part.tensors, {"format": "pt", **metadata, **hashes})
         _verify(temporary, expected, kept)
     return path
+
+
+def check_name(path: Path, format: Format) -> None:
+    """Raises UserError for a name that loaders would not take for this format."""
+    if format != "peft" and path.suffix != ".safetensors":
+        raise UserError(f"the LoRA file {str(path)!r} must end in .safetensors: loaders choose by that")
+    if format == "peft" and path.suffix == ".safetensors":
+        raise UserError(f"{str(path)!r} is to be a folder, as peft has it: give a name without .safetensors")
 
 
 def _tensors(

@@ -144,7 +144,8 @@ def _scheduled(path: Path) -> dict[str, Any]:
 
 
 def _of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
+    said = config.get("prediction_type", "epsilon")
     return {
-        "prediction_type": config.get("prediction_type", "epsilon"),
+        "prediction_type": said if isinstance(said, str) else None,
         "zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False)),
     }

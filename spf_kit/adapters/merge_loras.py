@@ -95,6 +95,11 @@ def merge_layer(
     `cut_product`. `kernel` is that of the weight, where the layers' shapes do not tell it."""
     shape = max((layer.shape for layer, _ in parts), key=len)
     if len(shape) == 2 and kernel and any(layer.kind != "lora" for layer, _ in parts):
+        if shape[1] % math.prod(kernel):
+            raise UserError(
+                f"a layer of the shape {list(shape)} does not fit a convolution of {kernel[0]} x {kernel[-1]}"
+                ": the LoRA is damaged, or made for another model"
+            )
         shape = (shape[0], shape[1] // math.prod(kernel), *kernel)
     factors = [(layer.factors(), weight) for layer, weight in parts]
     up = torch.cat([up * weight for (up, _), weight in factors], dim=1)

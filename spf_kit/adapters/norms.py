@@ -12,6 +12,7 @@ from spf_kit.adapters.index import IndexedLayer, LayerKey
 from spf_kit.adapters.layers import load_layer
 from spf_kit.adapters.lokr import LokrLayer
 from spf_kit.adapters.update import Update
+from spf_kit.errors import UserError
 
 
 def norm(layer: Update) -> float | None:
@@ -31,11 +32,15 @@ def by_block(
 ) -> dict[str, float | None]:
     """The root of the sum of squares over each block's layers, read one at a time; None as for `norm`.
 
-    Raises UserError for values that are NaN or infinite.
+    Raises UserError for values that are NaN or infinite, or whose square is.
     """
     squares: dict[str, float] = {}
     for key, indexed in layers.items():
         found = norm(load_layer(indexed))
+        if found is not None and not math.isfinite(found * found):
+            raise UserError(
+                f"{str(indexed.header.path)!r}: what the layer {key[1]!r} adds is too large to be told"
+            )
         square = math.nan if found is None else found**2
         squares[block_of[key]] = squares.get(block_of[key], 0.0) + square
     return {block: None if math.isnan(total) else math.sqrt(total) for block, total in squares.items()}

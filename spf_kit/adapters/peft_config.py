@@ -152,7 +152,7 @@ def _patterns(path: Path, config: Mapping[str, Any], key: str) -> dict[str, tupl
     """
     given = config.get(key) or {}
     if not isinstance(given, dict):
-        raise UserError(f"{str(path)!r} has {key} = {str(given)[:40]}, which is no table of names")
+        raise UserError(f"{str(path)!r} has {key} = {repr(given)[:40]}, which is no table of names")
     found: dict[str, tuple[int, Any]] = {}
     for place, (pattern, value) in enumerate(given.items()):
         plain = pattern.replace("\\.", ".")

@@ -58,20 +58,23 @@ def resize(
     _check(rank, keep)
     refuse_existing(output, overwrite)
     source = files.read(lora)
+    wanted = _format(source, output)
+    files.check_name(output, wanted)
     layers: dict[LayerKey, Update] = {}
     for number, (key, layer) in enumerate(source.layers.items(), start=1):
         layers[key] = _resized(source, key, layer, rank, keep)
         if progress:
             progress(number, len(source.layers), key[1])
     kept = parse_dtype(dtype or source.dtype)
-    shares = {key: share(layer, layers[key].to(kept)) for key, layer in source.layers.items()}
+    held = files.folded(layers, kept) if wanted == "diffusers" else layers
+    shares = {key: share(layer, held[key].to(kept)) for key, layer in source.layers.items()}
     residual, worst = whole_residual(shares.values()), max(shares, key=lambda key: shares[key].residual)
     cut = sum(layers[key] is not layer for key, layer in source.layers.items())
     made = LoraFile(layers, dict(source.metadata), source.format, unet_names=source.unet_names)
     if cut:
         note = {"file": Path(lora).name, "rank": rank, "keep": keep, "residual": residual}
         made.metadata = _metadata(made, note)
-    files.write(made, output, _format(source, output), kept)
+    files.write(made, output, wanted, kept)
     ranks = sorted(made.ranks)
     return {
         "lora": str(lora),

@@ -7,6 +7,7 @@ Stable Diffusion 2.x one bias, whose spread differs between the two published mo
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,8 @@ def _declared(header: Header) -> str | None:
 
 
 def _spread(header: Header) -> float:
-    """The standard deviation of the telling bias; 0 where there is none."""
+    """The standard deviation of the telling bias; 0 where there is none, or it is damaged."""
     if _TELLING not in header.tensors or header.tensors[_TELLING].dtype not in NUMBERS:
         return 0.0
-    return statistics.pstdev(header.values(_TELLING))
+    values = header.values(_TELLING)
+    return statistics.pstdev(values) if all(map(math.isfinite, values)) else 0.0

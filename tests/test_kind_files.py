@@ -268,8 +268,9 @@ def test_what_is_written_is_read(tmp_path: Path, name: str, dtype: str) -> None:
         assert set(file.keys()) == {f"{stem}.{part}" for part in [*layer.tensors(), "alpha"]}
     # peft's folders of LoHa and LoKr have tests of their own
     for format in ("diffusers", "peft") if layer.kind == "oft" else ("diffusers",):
+        other = tmp_path / ("folder" if format == "peft" else "b.safetensors")
         with pytest.raises(UserError, match="write it with format kohya"):
-            files.write(files.LoraFile({("unet", CONV): layer}), tmp_path / f"{format}.safetensors", format)  # type: ignore[arg-type]
+            files.write(files.LoraFile({("unet", CONV): layer}), other, format)  # type: ignore[arg-type]
 
 
 # --- with a model -----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from spf_kit.losses import Field, Loss, Step, Tensor, model_validator, per_sample, register
+from spf_kit.losses import Field, Loss, Step, Tensor, clean_weight, model_validator, per_sample, register
 
 
 @register("denoising")
@@ -42,11 +42,9 @@ class Denoising(Loss):
     huber_delta: float = Field(0.1, gt=0, description="where huber turns from square to linear")
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; 5 is usual, unset: none")
     debiased: bool = Field(False, description="debiased-estimation weighting; not together with min-SNR")
-
     x0_weight: float | None = Field(
         None, gt=0, description="at high noise errors count as of the clean picture, at most so often"
     )
-
     min_timestep: float = Field(0.0, ge=0, le=1, description="share of the schedule from which it acts")
     max_timestep: float = Field(1.0, ge=0, le=1, description="share of the schedule up to which it acts")
 
@@ -89,10 +87,7 @@ class Denoising(Loss):
             over = {"epsilon": root, "v_prediction": root + 1 / root, "flow": root + 2 + 1 / root}
             return 1 / over[prediction_type]
         if self.x0_weight is not None:
-            snr = snr.clamp(1e-8, 1e8)
-            of_clean = {"epsilon": snr, "v_prediction": snr + 1, "flow": (1 + snr.sqrt()) ** 2}
-            weight = snr.clamp(1, self.min_snr_gamma or math.inf) / of_clean[prediction_type]
-            return weight.clamp(max=self.x0_weight)
+            return clean_weight(snr, prediction_type, self.x0_weight, self.min_snr_gamma or math.inf)
         if self.min_snr_gamma is None:
             return 1.0
         if prediction_type == "epsilon":

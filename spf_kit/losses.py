@@ -17,6 +17,7 @@ Shapes: B samples, C latent channels, h x w latent size, L tokens, Q pixels of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PASSES", "Decoder", "Field", "LayerProbe", "Literal", "Loss", "Mask", "ModelPass", "Needs", "PassName",
     "Plugin", "Prior", "PriorBatch", "Spans", "Step", "Tensor", "Tools", "at_least_float32",
-    "model_validator", "per_sample", "register", "registered", "token_mask", "x0_weight",
+    "clean_weight", "model_validator", "per_sample", "register", "registered", "token_mask", "x0_weight",
 ]  # fmt: skip
 
 
@@ -270,9 +271,14 @@ def x0_weight(step: Step, most: float | None) -> Tensor | float:
     """
     if most is None:
         return 1.0
-    snr = step.process.snr(step.timesteps).clamp(1e-8, 1e8)  # 0 and infinite at the ends
+    return clean_weight(step.process.snr(step.timesteps), step.process.prediction_type, most)
+
+
+def clean_weight(snr: Tensor, prediction_type: str, most: float, gamma: float = math.inf) -> Tensor:
+    """(B,) min(most, min(max(SNR, 1), gamma) f(t)) of signal-to-noise ratios, with f of `x0_weight`."""
+    snr = snr.clamp(1e-8, 1e8)  # 0 and infinite at the ends
     over = {"epsilon": snr, "v_prediction": snr + 1, "flow": (1 + snr.sqrt()) ** 2}
-    return (snr.clamp(min=1) / over[step.process.prediction_type]).clamp(max=most)
+    return (snr.clamp(1, gamma) / over[prediction_type]).clamp(max=most)
 
 
 # --- the registry -----------------------------------------------------------------------------------------

@@ -151,7 +151,6 @@ class Measured:
         setup, count = self.setup, len(self.setup.seeds)
         of_base = row_of(setup, self.base, self.base, ([0.0] * count,) * 2)
         drift = self._drift() if whole else (0.0, 0.0)
-        self.handle.on()
         self.lora = setup.draw(None) if whole else Pictures(setup.asked(None), self.base.plain)
         row = row_of(setup, self.lora, self.base, tuple([value] * count for value in drift))
         numbers = {key: value for key, value in summary(row).items() if isinstance(value, int | float)}
@@ -174,7 +173,6 @@ class Measured:
         few = replace(self.setup, captions=captions, seeds=seeds)
         with self.handle.disabled():
             plain, asked = few.probes(Pictures(self.base.asked[:DRIFT_COUNT], self.base.plain[:DRIFT_COUNT]))
-        self.handle.on()
         return float(plain.measure().mean()), float(asked.measure().mean())
 
 

@@ -87,13 +87,6 @@ class Header:
         return [float(value) for value in found]
 
 
-def is_safetensors(path: str | Path) -> bool:
-    """Whether the file begins like one; cheap, and never raises for a file that can be read."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{"
-
-
 def read_header(path: str | Path) -> Header:
     """Read and check a safetensors header; the tensors' bytes are not touched.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from spf_kit.headers import Header, encode_header
 
 FREE = 2**30  # bytes; what is smaller takes less than a second, and is hashed without being asked
-_START, _LENGTH = 0x100000, 0x10000
+START, LENGTH = 0x100000, 0x10000  # bytes of a file that A1111's oldest hash is of
 _BLOCK = 4 * 2**20
 
 
@@ -41,8 +41,8 @@ def contradicts(hashes: Mapping[str, str], metadata: Mapping[str, str]) -> bool:
 def legacy_hash(path: str | Path) -> str:
     """A1111's oldest model hash (AutoV1): 8 digits of the hash of 64 KB from the first megabyte on."""
     with open(path, "rb") as file:
-        file.seek(_START)
-        return hashlib.sha256(file.read(_LENGTH)).hexdigest()[:8]
+        file.seek(START)
+        return hashlib.sha256(file.read(LENGTH)).hexdigest()[:8]
 
 
 def kohya_legacy_hash(header: Header) -> str:
@@ -50,7 +50,7 @@ def kohya_legacy_hash(header: Header) -> str:
     described = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
     training = {key: value for key, value in sorted(header.metadata.items()) if key.startswith("ss_")}
     head = encode_header(described, training)
-    digest, start, end = hashlib.sha256(head[_START : _START + _LENGTH]), _START, _START + _LENGTH
+    digest, start, end = hashlib.sha256(head[START : START + LENGTH]), START, START + LENGTH
     with open(header.path, "rb") as file:
         file.seek(header.data_start + max(start - len(head), 0))
         digest.update(file.read(max(end - max(start, len(head)), 0)))

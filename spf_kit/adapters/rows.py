@@ -70,17 +70,3 @@ class Adder:
             squares += changed.square_().sum(dim=(0, 2))
         assert self._layer.dora_scale is not None
         return self._layer.dora_scale.reshape(-1) / squares.sqrt_().clamp_min_(EPSILON)
-
-
-def add_to(layer: Update, total: Tensor, factor: float, weight: Tensor) -> None:
-    """total += factor * (W' - W) in place, block by block; `total` is float32 and has the weight's shape."""
-    flat, before = total.view(len(total), -1), weight.reshape(len(weight), -1)
-    ranges = list(row_ranges(tuple(weight.shape), [layer]))
-
-    def blocks() -> Iterator[tuple[int, Tensor]]:
-        for rows in ranges:
-            yield rows.start, before[rows.start : rows.stop].to(torch.float32)
-
-    adder = Adder(layer, tuple(weight.shape), blocks)
-    for first, block in blocks():
-        adder.add(flat[first : first + len(block)], block, first, factor)

@@ -10,6 +10,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from spf_kit.adapters import hashes
 from spf_kit.errors import UserError
 from spf_kit.headers import DTYPE_BITS, Header, encode_header
 
@@ -116,7 +117,7 @@ def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     tensors = sort_for_file(tensors)
     model, legacy = hashlib.sha256(), hashlib.sha256()
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    position, start, end = 0, 0x100000, 0x110000
+    position, start, end = 0, hashes.START, hashes.START + hashes.LENGTH
     for number, part in enumerate(_pieces(tensors, training)):
         if number:
             model.update(part)

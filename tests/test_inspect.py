@@ -198,6 +198,28 @@ def test_large_products_are_not_multiplied_out() -> None:
     assert norm(LoraLayer(wide, tall, 1.0)) == pytest.approx(60_000)
     assert norm(LohaLayer(tall, wide, tall, wide, 1.0)) == pytest.approx(60_000)
     assert norm(LokrLayer(1.0, lokr_w1=tall, lokr_w2=wide)) == pytest.approx(60_000)
+    cored = LokrLayer(
+        1.0, lokr_w1=torch.ones(1, 1), lokr_w2_a=wide, lokr_w2_b=wide, lokr_t2=torch.ones(1, 1, 3, 3)
+    )
+    assert norm(cored) == pytest.approx(3 * 60_000)
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+@pytest.mark.parametrize("cored", [False, True])
+def test_a_loha_has_no_more_columns_than_the_weight(rank: int, cored: bool) -> None:
+    """Of 9 outputs and 7 inputs: rank 2 has 4 columns, 3 would have 9 and 4 would have 16."""
+    a, b, c, d = draw(9, rank), draw(rank, 7), draw(9, rank) + 1, draw(rank, 7) - 1
+    layer = LohaLayer(a, b, c, d, 2.0)
+    update = 2 / rank * (a.double() @ b.double()) * (c.double() @ d.double())
+    if cored:
+        core, other = draw(rank, rank, 1, 1), draw(rank, rank, 1, 1) + 1
+        first, second = (
+            x.double() @ t[:, :, 0, 0].double() @ y.double() for x, t, y in ((a, core, b), (c, other, d))
+        )
+        layer, update = LohaLayer(a.T, b, c.T, d, 2.0, core, other), 2 / rank * first * second
+    up, down = layer.factors()
+    assert up.shape[1] == down.shape[0] == min(rank**2, 7)
+    torch.testing.assert_close(up @ down, update, rtol=1e-5, atol=1e-6)
 
 
 # --- base models ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from spf_kit.adapters.lokr import whole
 from spf_kit.adapters.parts import Shape
-from spf_kit.adapters.update import Update, tucker
+from spf_kit.adapters.update import Update, thin, tucker, whole_factors
 
 
 @dataclass
@@ -69,10 +70,14 @@ class LohaLayer(Update):
     def factors(self) -> tuple[Tensor, Tensor]:
         """The rows of two products multiply as Kronecker products of their rows: r^2 columns.
 
-        (A_1 B_1) * (A_2 B_2) = sum_st (A_1s * A_2t) (B_1s * B_2t).
+            (A_1 B_1) * (A_2 B_2) = sum_st (A_1s * A_2t) (B_1s * B_2t)
+
+        Where that is more than the update has rows or columns, the update itself and 1.
         """
+        if self.hada_w1_b.shape[0] * self.hada_w2_b.shape[0] > min(self.shape[0], math.prod(self.shape[1:])):
+            return whole_factors(self.update(torch.float64).flatten(1))
         (a_1, b_1), (a_2, b_2) = (
-            _thin(a, b, t)
+            thin(a, b, t)
             for a, b, t in (
                 (self.hada_w1_a, self.hada_w1_b, self.hada_t1),
                 (self.hada_w2_a, self.hada_w2_b, self.hada_t2),
@@ -87,11 +92,3 @@ def _product(a: Tensor, b: Tensor, core: Tensor | None, dtype: torch.dtype) -> T
     if core is None:
         return a.to(dtype) @ b.flatten(1).to(dtype)
     return tucker(core.to(dtype), a.to(dtype), b.to(dtype))
-
-
-def _thin(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(o, r) and (r, i h w) in float64; a Tucker core joins the inputs' side."""
-    a, b = a.double(), b.double().flatten(1)
-    if core is None:
-        return a, b
-    return a.T, torch.einsum("rshw,si->rihw", core.double(), b).flatten(1)

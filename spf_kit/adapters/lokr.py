@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spf_kit.adapters.parts import Shape
-from spf_kit.adapters.update import Update, tucker
+from spf_kit.adapters.update import Update, thin, tucker, whole_factors
 
 
 @dataclass
@@ -107,7 +107,7 @@ class LokrLayer(Update):
 
         The columns of a kernel stand within D, so that Q (r, d h w) stays whole.
         """
-        small, (large_up, large_down) = self.small(torch.float64), self._thin()
+        small, (large_up, large_down) = self.small(torch.float64), self.thin()
         if small.shape[1] <= small.shape[0]:
             up = torch.kron(small, large_up)
             down = torch.kron(torch.eye(small.shape[1], dtype=torch.float64), large_down)
@@ -116,12 +116,11 @@ class LokrLayer(Update):
             down = torch.kron(small, large_down)
         return up * self.scale, down
 
-    def _thin(self) -> tuple[Tensor, Tensor]:
-        """D as (c, r) and (r, d h w) in float64; r is c for a whole D."""
-        if self.lokr_w2_a is not None and self.lokr_w2_b is not None and self.lokr_t2 is None:
-            return self.lokr_w2_a.double(), self.lokr_w2_b.double().flatten(1)
-        large = self.large(torch.float64).flatten(1)
-        return torch.eye(len(large), dtype=torch.float64), large
+    def thin(self) -> tuple[Tensor, Tensor]:
+        """D as (c, r) and (r, d h w) in float64; r is c or d h w for a whole D."""
+        if self.lokr_w2_a is not None and self.lokr_w2_b is not None:
+            return thin(self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2)
+        return whole_factors(self.large(torch.float64).flatten(1))
 
 
 def whole(difference: Tensor) -> LokrLayer:

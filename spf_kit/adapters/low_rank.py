@@ -131,6 +131,14 @@ def _square(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
 
 
+def square_of_product(up: Tensor, down: Tensor) -> float:
+    """|up @ down|^2 of (o, R) and (R, k), in float64, by their triangles: it may be a small difference of
+    large products."""
+    triangles = (torch.linalg.qr(matrix.double(), "r")[1] for matrix in (up, down.T))
+    left, right = triangles
+    return _square(left @ right.T)
+
+
 def as_layer(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> LoraLayer:
     """(o, r) and (r, k) as a layer of a weight of `shape`, in float32, with alpha = rank."""
     rank, tail = up.shape[1], [1] * (len(shape) - 2)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from spf_kit.adapters.index import IndexedLayer, LayerKey
 from spf_kit.adapters.layers import load_layer
 from spf_kit.adapters.lokr import LokrLayer
+from spf_kit.adapters.low_rank import square_of_product
 from spf_kit.adapters.update import Update
 from spf_kit.errors import UserError
 
@@ -18,13 +18,14 @@ from spf_kit.errors import UserError
 def norm(layer: Update) -> float | None:
     """|U|; None where U depends on the base's weight (DoRA, OFT).
 
-    Never more memory than the factors: |A B|^2 = sum of (A^T A) * (B B^T), and |C kron D| = |C| |D|.
+    |C kron D| = |C| |D|, and other products by their thin factors (`low_rank.square_of_product`).
     """
     if layer.depends_on_weight or layer.dora_scale is not None:
         return None
     if isinstance(layer, LokrLayer):
-        return abs(layer.scale) * _lokr(layer)
-    return _product(*layer.factors())
+        small = float(torch.linalg.vector_norm(layer.small(torch.float64)))
+        return abs(layer.scale) * small * math.sqrt(square_of_product(*layer.thin()))
+    return math.sqrt(square_of_product(*layer.factors()))
 
 
 def by_block(
@@ -44,20 +45,3 @@ def by_block(
         square = math.nan if found is None else found**2
         squares[block_of[key]] = squares.get(block_of[key], 0.0) + square
     return {block: None if math.isnan(total) else math.sqrt(total) for block, total in squares.items()}
-
-
-def _product(a: Tensor, b: Tensor) -> float:
-    """|A B| of (o, r) and (r, i)."""
-    a, b = a.double(), b.double()
-    return math.sqrt(max(float(((a.T @ a) * (b @ b.T)).sum()), 0.0))
-
-
-def _lokr(layer: LokrLayer) -> float:
-    small = (
-        float(torch.linalg.vector_norm(layer.lokr_w1.double()))
-        if layer.lokr_w1 is not None
-        else _product(layer.lokr_w1_a, layer.lokr_w1_b)  # type: ignore[arg-type]
-    )
-    if layer.lokr_w2 is None and layer.lokr_t2 is None:
-        return small * _product(layer.lokr_w2_a, layer.lokr_w2_b.flatten(1))  # type: ignore[arg-type, union-attr]
-    return small * float(torch.linalg.vector_norm(layer.large(torch.float64)))

@@ -18,7 +18,7 @@ from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.index import LayerKey
 from spf_kit.adapters.keys import Format
 from spf_kit.adapters.layers import LoraLayer, Update
-from spf_kit.adapters.low_rank import Share, whole_residual
+from spf_kit.adapters.low_rank import Share, square_of_product, whole_residual
 from spf_kit.adapters.merge_loras import merge_layer
 from spf_kit.adapters.parts import NAMES
 from spf_kit.adapters.streaming import Progress
@@ -127,16 +127,11 @@ def share(before: Update, after: Update) -> Share:
     norms would drown in rounding.
     """
     (up, down), (new_up, new_down) = before.factors(), after.factors()
-    total = _square(up, down)
+    total = square_of_product(up, down)
     if up.shape == new_up.shape and torch.equal(up, new_up) and torch.equal(down, new_down):
         return Share(total, 0.0)
-    lost = _square(torch.cat([up, -new_up], dim=1), torch.cat([down, new_down]))
+    lost = square_of_product(torch.cat([up, -new_up], dim=1), torch.cat([down, new_down]))
     return Share(total - lost, lost)
-
-
-def _square(up: torch.Tensor, down: torch.Tensor) -> float:
-    """The squared Frobenius norm of up @ down, (o, R) and (R, k)."""
-    return float((torch.linalg.qr(up, "r")[1] @ torch.linalg.qr(down.T, "r")[1].T).norm()) ** 2
 
 
 def _format(source: LoraFile, output: Path) -> Format:

@@ -133,6 +133,21 @@ def tucker(core: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
     return torch.einsum("rshw,ro,si->oihw", core, outputs, inputs)
 
 
+def thin(outputs: Tensor, inputs: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A product as (o, r) and (r, i h w) in float64; a Tucker core joins the inputs' side."""
+    if core is None:
+        return outputs.double(), inputs.double().flatten(1)
+    return outputs.double().T, torch.einsum("rshw,si->rihw", core.double(), inputs.double()).flatten(1)
+
+
+def whole_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix (o, k) as the product of itself and 1, of the smaller side."""
+    o, k = matrix.shape
+    if o <= k:
+        return torch.eye(o, dtype=matrix.dtype), matrix
+    return matrix, torch.eye(k, dtype=matrix.dtype)
+
+
 def dora_weight(weight: Tensor, update: Tensor, magnitude: Tensor, axis: int = 0) -> Tensor:
     """m * (W + U) / |W + U|, with the norm over everything but `axis`; magnitude has one value along it."""
     return dora_factor(weight, update, magnitude, axis) * (weight + update)

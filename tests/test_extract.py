@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,28 @@ def test_refusals_leave_nothing(
             extract(file, base, tmp_path / "out.safetensors", rank)
         assert "\n" not in str(caught.value)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_damaged_part_of_a_folder_is_not_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "tuned"
+    shutil.copytree(base_path(), folder)
+    file = next((folder / "text_encoder").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"{file.name}' is damaged"):
+        extract(folder, base_path(), tmp_path / "out.safetensors", 2)
+    with pytest.raises(UserError, match=r"out\.ckpt' must end in \.safetensors"):  # before any work
+        extract(folder, base_path(), tmp_path / "out.ckpt", 2)
+    assert sorted(os.listdir(tmp_path)) == ["tuned"]
+
+
+def test_what_a_type_cannot_hold_is_told_as_that(single: Path, tmp_path: Path) -> None:
+    name = merge_targets(read_header(single))[CONV]
+    changed = saved(
+        tmp_path / "far.safetensors", single, {name: torch.full_like(load_file(single)[name], 1e12)}
+    )
+    with pytest.raises(UserError, match="too large for float16: save it in bfloat16 or float32"):
+        extract(changed, single, tmp_path / "out.safetensors", 1, dtype="float16")
+    extract(changed, single, tmp_path / "out.safetensors", 1, dtype="float32")
 
 
 def test_models_of_two_families_are_refused(

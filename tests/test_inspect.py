@@ -56,6 +56,23 @@ def path(tmp_path: Path) -> Path:
     return files.write(LoraFile(layers, METADATA), tmp_path / "hat.safetensors", dtype="float32")
 
 
+def test_counts_beyond_all_captions_are_left_out(tmp_path: Path) -> None:
+    """Python refuses to print integers of more than 4300 digits; the sum of two may have one more."""
+    counts = "9" * 4300
+    folders = f'{{"a": {{"x": {counts}, "y": 3}}, "b": {{"x": {counts}}}}}'
+    file = files.write(
+        LoraFile({("unet", MID): lora()}, {"ss_tag_frequency": folders}), tmp_path / "a.safetensors"
+    )
+    assert inspect(file)["tags"] == {"y": 3}
+
+
+def test_a_folder_of_several_parts_has_no_hash_of_one_of_them(path: Path, tmp_path: Path) -> None:
+    folder = files.write(files.read(path), tmp_path / "peft", "peft")
+    assert "sshs_model_hash" in files.read(folder / "unet").metadata
+    assert files.read(folder).metadata["ss_output_name"] == "hat"
+    assert not [key for key in files.read(folder).metadata if "hash_sha256" in key or key.startswith("sshs_")]
+
+
 def test_a_lora_tells_its_blocks_its_base_and_its_training(path: Path) -> None:
     told = inspect(path)
     unet = told["components"]["unet"]

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spf_kit import families
-from spf_kit.adapters import files
+from spf_kit.adapters import files, formats
 from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.guess import family_name
 from spf_kit.adapters.index import LayerKey
@@ -141,7 +141,9 @@ def _differences(
                 found.equal += is_layer
             elif is_layer:
                 cut = cut_matrix(difference, rank, seed=number)
-                found.layers[key] = cut.layer.to(dtype or _OWN.get(tensor.dtype, torch.float16))
+                kept = dtype or _OWN.get(tensor.dtype, torch.float16)
+                down, up = (formats.cast(factor, kept, name) for factor in (cut.layer.down, cut.layer.up))
+                found.layers[key] = replace(cut.layer, down=down, up=up)
                 found.shares[key] = Share(cut.kept, cut.lost)
             else:
                 found.beyond[_sort(component, name)] += 1

@@ -21,6 +21,8 @@ from spf_kit.headers import Header, TensorInfo, read_header
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
+_OF_TENSORS = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+
 LayerKey = tuple[str, str]  # component, module
 
 
@@ -103,6 +105,8 @@ def _index_components(path: Path, parts: list[str]) -> LoraIndex:
         found = _index_file(path / part, read_header(path / part / PEFT_WEIGHTS), path / part / PEFT_CONFIG)
         layers |= {(part, module): layer for (_, module), layer in found.layers.items()}
         metadata |= found.metadata
+    if len(parts) > 1:  # hashes are of one part's tensors, not of the LoRA
+        metadata = {key: value for key, value in metadata.items() if key not in _OF_TENSORS}
     return LoraIndex(path, "peft", layers, metadata)
 
 

@@ -157,7 +157,7 @@ def _tags(metadata: Mapping[str, str]) -> dict[str, int]:
     folders = parse_json(metadata, "ss_tag_frequency")
     for tags in folders.values() if isinstance(folders, dict) else ():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
-            if isinstance(count, int):
+            if isinstance(count, int) and abs(count) < 2**63:  # Python refuses to print much larger ones
                 counts[tag.strip()] += count
     return dict(counts.most_common())
 

@@ -50,6 +50,7 @@ class ControlMap(Mask):
     threshold: float = Field(0.0, ge=0, lt=1, description="what is less becomes 0, what is left is stretched")
 
     _averages: dict[str, Tensor] = {}  # N of each picture, (h, w) on the CPU
+    _maps: dict[str, Tensor] = {}  # M of each picture's last visit, the same
 
     @model_validator(mode="after")
     def _one_scale(self) -> ControlMap:
@@ -76,7 +77,17 @@ class ControlMap(Mask):
         elif self.quantile is not None:
             m = m / torch.quantile(m.flatten(1).float(), self.quantile, dim=1).clamp(min=1e-6)[:, None, None]
         m = ((m - self.threshold) / (1 - self.threshold)).clamp(0, 1)
+        self._maps.update((name, row.detach().cpu().clone()) for name, row in zip(step.sample_ids, m))
         return m.unsqueeze(1).to(step.noisy_latents.dtype)
+
+    def of_plain(self, step: Step) -> Tensor:
+        """M of the pictures' last visits with c_full; mirrored ones are not told apart."""
+        mask = super().of_plain(step)
+        for row, name in zip(mask[:, 0], step.sample_ids):
+            last = self._maps.get(name)
+            if last is not None and last.shape == row.shape:
+                row.copy_(last)
+        return mask
 
     def changed(self, step: Step) -> Tensor:
         """N, (B, h, w) in [0, 1]."""
@@ -125,10 +136,12 @@ class ControlMap(Mask):
         return torch.stack(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": self._averages} if self._averages else {}
+        kept = {"averages": self._averages, "maps": self._maps}
+        return {name: of_pictures for name, of_pictures in kept.items() if of_pictures}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._averages = dict(state.get("averages", {}))
+        self._maps = dict(state.get("maps", {}))
 
 
 def attended(layers: list[Any], positions: Any, size: Any) -> Tensor:

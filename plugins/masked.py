@@ -34,3 +34,6 @@ class Masked(Mask):
     def __call__(self, step: Step) -> Tensor:
         given = step.picture_mask
         return (1 - given if self.invert else given).clamp(min=self.unmasked)
+
+    def of_plain(self, step: Step) -> Tensor:
+        return self(step)

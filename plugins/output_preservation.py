@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from spf_kit.losses import Field, Loss, Needs, Step, Tensor, model_validator, per_sample, register, x0_weight
 
 
@@ -14,7 +16,10 @@ class OutputPreservation(Loss):
 
     `on` is the model with the adapter, `off` the same weights without it, and c_base the caption without the
     target phrase: whoever does not ask for the attribute shall get the base model's picture. Exactly zero for
-    an adapter that changes nothing. With a mask only the masked pixels are held.
+    an adapter that changes nothing. With a mask only the masked pixels are held; with `inside` all are, and a
+    share s of the weight stands inside the mask M, whatever its size: a pixel counts 1 - s + s M / mean(M).
+    A target of a few pixels leaks there, where a mean over the picture sees little of it. On samples of a
+    `share` M is what the mask knows of the picture (`Mask.of_plain`).
 
     `relative` divides each sample's by the mean square of its eps_off, without gradient: the share of the
     prediction that has changed, the same for bases that predict eps, v or a flow. It is our addition.
@@ -33,7 +38,8 @@ class OutputPreservation(Loss):
 
     Source: the "differential output preservation" of today's trainers, e.g. ostris/ai-toolkit; it is
     knowledge distillation from the frozen base (Hinton et al. 2015, arXiv:1503.02531) on c_base. `share`,
-    `blank`, `walk` and `x0_weight` (see the function of that name in `spf_kit.losses`) are our additions.
+    `blank`, `walk`, `inside` and `x0_weight` (see the function of that name in `spf_kit.losses`) are our
+    additions.
     """
 
     share: float | None = Field(
@@ -51,6 +57,9 @@ class OutputPreservation(Loss):
     walk: int | None = Field(
         None, ge=2, description="steps of the base's own way out of noise, on which it holds; unset: the data"
     )
+    inside: float | None = Field(
+        None, ge=0, le=1, description="share of the weight inside the mask; unset: all of it, by its size"
+    )
     kind: Literal["l2", "relative"] = Field("l2", description="relative: as a share of the base's prediction")
 
     @model_validator(mode="after")
@@ -62,14 +71,19 @@ class OutputPreservation(Loss):
             )
         if self.walk is not None and self.share is None:
             raise ValueError(f"walk = {self.walk} is of the samples of share, which is not set: set share")
+        if self.walk is not None and self.mask is not None:
+            raise ValueError(
+                f"walk = {self.walk} holds pictures of the base's own, of which mask = {self.mask!r} knows "
+                "nothing: remove one of them"
+            )
         return self
 
     @model_validator(mode="after")
-    def _whole_pictures(self) -> OutputPreservation:
-        if self.share is not None and self.mask is not None:
+    def _masked(self) -> OutputPreservation:
+        if self.inside is not None and self.mask is None:
             raise ValueError(
-                f"mask = {self.mask!r} is of the samples that are asked for the target, share = {self.share} "
-                "takes others: remove one of them"
+                f"inside = {self.inside} is a share of the weight inside a mask and there is none: set mask "
+                'to the id of a mask that stands before it, as mask = "control_map"'
             )
         return self
 
@@ -83,6 +97,14 @@ class OutputPreservation(Loss):
 
     def __call__(self, step: Step) -> Tensor:
         base = step.reference.prediction
-        loss = per_sample((step.plain.prediction - base).square(), step.mask)
+        loss = per_sample((step.plain.prediction - base).square(), self._weights(step))
         loss = loss if self.kind == "l2" else loss / per_sample(base.square())
         return loss * x0_weight(step, self.x0_weight)
+
+    def _weights(self, step: Step) -> Tensor | None:
+        """(B, 1, h, w) of each pixel; None: 1."""
+        if step.mask is None or self.inside is None:
+            return step.mask
+        mean = step.mask.mean(dim=(2, 3), keepdim=True)
+        within = torch.where(mean > 0, step.mask / mean.clamp(min=1e-6), 1.0)  # an empty one is nowhere
+        return 1 - self.inside + self.inside * within

@@ -251,6 +251,11 @@ class Mask(Plugin):
     def __call__(self, step: Step) -> Tensor:
         raise TypeError(f"the mask {self.name!r} defines no __call__")
 
+    def of_plain(self, step: Step) -> Tensor:
+        """The same for samples on the plain path (see `Needs.of`), of which no pass on c_full tells where the
+        target acts. All 1 where the mask knows nothing of a sample; override it to tell what it knows."""
+        return step.noisy_latents.new_ones(len(step.captions), 1, *step.noisy_latents.shape[2:])
+
 
 def per_sample(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over all but the first dimension: (B, ...) to (B,). With a mask, (B, 1, h, w), each value counts

@@ -170,14 +170,33 @@ def test_what_output_preservation_needs() -> None:
     for share in (0.0, 1.0, -0.1):
         with pytest.raises(ValidationError, match="share"):
             make(share=share)
-    with pytest.raises(ValidationError, match=r"share = 0\.5 takes others: remove one of them"):
-        make(share=0.5, mask="m")
     assert make(share=0.25, blank=0.5).needs.blank_share == 0.5
     assert make(share=0.25, walk=12).needs.plain_walk == 12
     with pytest.raises(ValidationError, match=r"walk = 12 is of the samples of share, which is not set"):
         make(walk=12)
     with pytest.raises(ValidationError, match=r"blank = 0\.5 is a part of share, which is not set"):
         make(blank=0.5)
+    with pytest.raises(ValidationError, match=r"walk = 12 holds .* of which mask = 'm' knows nothing"):
+        make(share=0.25, walk=12, mask="m")
+    with pytest.raises(ValidationError, match=r"inside = 0\.5 is a share .* and there is none: set mask"):
+        make(inside=0.5)
+
+
+@pytest.mark.parametrize("inside", [0.0, 0.3, 1.0])
+def test_a_share_of_the_weight_stands_inside_the_mask(inside: float) -> None:
+    mask = random_mask() * torch.tensor([1.0, 0.2, 0.0])[:, None, None, None]  # small ones weigh alike
+    step = make_step(mask)
+    on, off, sizes = at(step, "plain"), at(step, "reference"), mask.flatten(1).mean(1).tolist()
+
+    def value(b: int, c: int, y: int, x: int) -> float:
+        weight = mask[b, 0, y, x].item() / sizes[b] if sizes[b] else 1.0
+        return (1 - inside + inside * weight) * (on[b][c][y][x] - off[b][c][y][x]) ** 2
+
+    made = SHIPPED["output_preservation"](mask="m", inside=inside)
+    close(made(step), slow(step, value))
+    whole = SHIPPED["output_preservation"]()(replace(step, mask=None))
+    close(made(step)[2:], whole[2:].tolist())
+    assert (inside == 0) == torch.allclose(made(step)[0], whole[0])
 
 
 @pytest.mark.parametrize("invert", [False, True])
@@ -532,6 +551,24 @@ def test_mask_pictures_stay_with_their_samples(family: Family, learnt: AdapterHa
     for name in ("inverted_mask", "denoising"):
         assert torch.allclose(parts.terms[name], whole.terms[name][[1, 3]], rtol=1e-3)
         assert float((whole.terms[name][1] / whole.terms[name][3] - 1).abs()) > 0.01
+
+
+def test_plain_samples_have_what_the_mask_knows_of_them(
+    family: Family, learnt: AdapterHandle, batch: Any, half: Plugin
+) -> None:
+    """Drawn masks are there for every sample; one that knows nothing of plain samples leaves them whole."""
+    given = torch.rand(4, 1, *batch.mean.shape[2:], generator=torch.Generator().manual_seed(8))
+    painted, make = replace(batch, masks=given), SHIPPED["output_preservation"]
+    drawn, denoising = SHIPPED["masked"](path="masks"), SHIPPED["denoising"]()
+    whole = run(family, learnt, painted, drawn, make(mask="masked", inside=0.9)).terms["output_preservation"]
+    unmasked = run(family, learnt, painted, make()).terms["output_preservation"]
+    for mask, reference in ((drawn, whole), (half, unmasked)):
+        plugins = [denoising, mask, make(share=0.5, mask=mask.id, inside=0.9)]
+        found = run(family, learnt, painted, *plugins, path=MIXED).terms["output_preservation"]
+        assert torch.allclose(found, reference[[0, 2]], rtol=1e-3)
+        none = run(family, learnt, painted, *plugins, path=[0.9] * 4).terms["output_preservation"]
+        assert none.shape == (0,)
+    assert float((whole / unmasked - 1).abs().min()) > 0.01
 
 
 def test_two_shares_are_refused() -> None:

@@ -206,6 +206,23 @@ def test_the_average_of_a_pictures_visits() -> None:
     torch.testing.assert_close(made(third), alone(third))
 
 
+def test_plain_samples_have_the_map_of_their_pictures_last_visit() -> None:
+    made = plugin("control_map", quantile=0.9)
+    first, second = step_for(made, seed=0), step_for(made, seed=1)
+    assert torch.equal(made.of_plain(first), torch.ones(4, 1, *first.noisy_latents.shape[2:]).to(made(first)))
+    made(first)
+    last = made(replace(second, sample_ids=["new", *second.sample_ids[1:]]))
+    resumed = plugin("control_map", quantile=0.9)
+    resumed.load_state_dict(made.state_dict())
+    order = [2, 0, 3]
+    asked = second.rows(order)
+    for one in (made, resumed):
+        torch.testing.assert_close(one.of_plain(asked)[[0, 2]], last[[2, 3]])
+        torch.testing.assert_close(one.of_plain(asked)[1], plugin("control_map", quantile=0.9)(first)[0])
+    stranger = replace(asked, sample_ids=["a", "b", "c"])
+    assert float(made.of_plain(stranger).min()) == 1
+
+
 def test_quantile_and_threshold_give_the_map_its_scale() -> None:
     plain, scaled = plugin("control_map"), plugin("control_map", quantile=0.9, threshold=0.2)
     step = step_for(plain)

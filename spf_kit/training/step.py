@@ -207,15 +207,18 @@ def run_step(
         given_masks=batch.masks, tools=model.tools,
     )  # fmt: skip
     masks: dict[str, Tensor] = {}
-    steps = _by_path(whole, rows, masks)
+    plain_masks: dict[str, Tensor] = {}
+    steps = _by_path(whole, rows, masks, plain_masks)
+    read_there = {getattr(p, "mask", None) for p in acting if p.needs.path == "plain"}
     terms: dict[str, Tensor] = {}
     total = torch.zeros((), device=batch.latents.device)
     for plugin in acting:
         step = steps[plugin.needs.path]
         seen, count = step.seen_by(plugin), len(step.captions)
         if isinstance(plugin, Mask):
-            shape = (count, 1, *batch.latents.shape[2:])
-            masks[plugin.id] = _checked(plugin, plugin(seen).detach(), shape) if count else torch.zeros(shape)
+            masks[plugin.id] = _mask(plugin, plugin, seen)
+            if plugin.id in read_there:
+                plain_masks[plugin.id] = _mask(plugin, plugin.of_plain, steps["plain"].seen_by(plugin))
         elif isinstance(plugin, Loss):
             value = _checked(plugin, plugin(seen), None) if count else total.new_zeros(0)
             terms[plugin.id] = value.detach().float()
@@ -237,8 +240,7 @@ def masks_of(
         batch.latents, batch.noise, batch.noisy_latents, batch.timesteps, batch.target, model.family.noise,
         captions, sample_ids, passes=passes, token_spans=spans, given_masks=batch.masks, tools=model.tools,
     )  # fmt: skip
-    shape = (len(captions), 1, *batch.latents.shape[2:])
-    return {mask.id: _checked(mask, mask(step.seen_by(mask)).detach(), shape) for mask in masks}
+    return {mask.id: _mask(mask, mask, step.seen_by(mask)) for mask in masks}
 
 
 # --- the passes -------------------------------------------------------------------------------------------
@@ -290,12 +292,15 @@ def rows_by_path(plain: Sequence[str | None]) -> dict[Path, list[int]]:
     }
 
 
-def _by_path(whole: Step, rows: Mapping[Path, list[int]], masks: dict[str, Tensor]) -> dict[Path, Step]:
-    """The step as plugins of each path see it. `masks`, filled later, are of the asked samples."""
+def _by_path(
+    whole: Step, rows: Mapping[Path, list[int]], masks: dict[str, Tensor], plain_masks: dict[str, Tensor]
+) -> dict[Path, Step]:
+    """The step as plugins of each path see it. The masks, filled later, are of either's samples."""
     if not rows["plain"]:
-        return {"whole": whole, "asked": replace(whole, masks=masks), "plain": whole.rows([])}
+        none = replace(whole.rows([]), masks=plain_masks)
+        return {"whole": whole, "asked": replace(whole, masks=masks), "plain": none}
     plain = whole.rows(rows["plain"])
-    plain = replace(plain, passes={**plain.passes, "plain": plain.passes["response"]})
+    plain = replace(plain, passes={**plain.passes, "plain": plain.passes["response"]}, masks=plain_masks)
     return {"whole": whole, "asked": replace(whole.rows(rows["asked"]), masks=masks), "plain": plain}
 
 
@@ -308,6 +313,11 @@ def _run_prior(model: Model, batch: Noised, pictures: Batch) -> PriorBatch:
 def _texts(kind: str, captions: Sequence[Caption]) -> list[str]:
     """What the text encoder reads: c_base, c_full or nothing."""
     return ["" if kind == "blank" else str(getattr(caption, kind)) for caption in captions]
+
+
+def _mask(plugin: Mask, make: Callable[[Step], Tensor], step: Step) -> Tensor:
+    shape = (len(step.captions), 1, *step.noisy_latents.shape[2:])
+    return _checked(plugin, make(step).detach(), shape) if shape[0] else step.noisy_latents.new_zeros(shape)
 
 
 def _checked(plugin: Plugin, value: Tensor, shape: Sequence[int] | None) -> Tensor:

@@ -80,7 +80,7 @@ class OutputPreservation(Loss):
 
     @model_validator(mode="after")
     def _masked(self) -> OutputPreservation:
-        if self.inside is not None and self.mask is None:
+        if self.inside and self.mask is None:
             raise ValueError(
                 f"inside = {self.inside} is a share of the weight inside a mask and there is none: set mask "
                 'to the id of a mask that stands before it, as mask = "control_map"'

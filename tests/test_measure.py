@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from spf_kit import embedded, families, schema
 from spf_kit.adapters import files
 from spf_kit.adapters.inject import AdapterHandle
 from spf_kit.data.captions import derive
-from spf_kit.embedded.judge import COVERED, TARGETS
+from spf_kit.embedded.judge import COVERED, TARGETS, AttributeJudge
 from spf_kit.errors import UserError
 from spf_kit.measure import drift, memory, pixels, rows, table
 from spf_kit.measure import evaluate as measuring
@@ -108,12 +109,12 @@ class Reader:
 
     attributes = {"eyewear": ["none", "glasses"], "mouth": ["a", "b"], "background": ["a", "b"]}
 
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        values = (images[:, :, 0, 0] > 0.5).long()
-        return dict(zip(self.attributes, values.unbind(1), strict=True))
+    def read(self, images: Tensor) -> list[dict[str, str]]:
+        rows = (images[:, :, 0, 0] > 0.5).tolist()
+        return [{a: names[v] for (a, names), v in zip(self.attributes.items(), row)} for row in rows]
 
     def shows(self, images: Tensor, target: str) -> Tensor:
-        return self(images)["eyewear"] == 1
+        return images[:, 0, 0, 0] > 0.5
 
 
 def flat(*colors: tuple[int, int, int]) -> Tensor:
@@ -137,6 +138,50 @@ def test_what_the_target_covers_does_not_count() -> None:
     for target, covered in COVERED.items():
         judge = ByAttributes(target)
         assert set(judge.judge.attributes) - set(judge.rest) == {TARGETS[target][0], *covered}
+
+
+class Told:
+    """A judge that is told what the pictures show, by their first pixel."""
+
+    attributes = {name: [] for name in ("hair_style", "clothing", "clothing_color", "headwear", "mouth")}
+
+    def __init__(self, *rows: dict[str, str]) -> None:
+        self.rows = rows
+
+    def read(self, images: Tensor) -> list[dict[str, str]]:
+        common = {"hair_style": "long", "clothing": "blazer", "clothing_color": "red"}
+        common |= {"headwear": "none", "mouth": "sad"}
+        return [common | self.rows[int(n)] for n in images[:, 0, 0, 0]]
+
+
+def test_what_cannot_be_seen_is_not_compared() -> None:
+    judge = Told(
+        {"hair_style": "dreadlocks"},
+        {"hair_style": "dreadlocks", "clothing_color": "blue", "mouth": "smile"},
+        {"hair_style": "dreadlocks", "clothing": "hoodie", "clothing_color": "blue"},
+        {"clothing_color": "blue"},
+        {"headwear": "winter hat", "hair_style": "bob", "clothing_color": "blue"},
+    )
+    base = Pictures(*[flat(*[(0, 0, 0)] * 4)] * 2)
+    model = Pictures(*[flat(*[(n, 0, 0) for n in (1, 2, 3, 4)])] * 2)
+    found = ByAttributes("pink hair", judge=judge)(model, base, [derive("x", "pink hair")] * 4)  # type: ignore[arg-type]
+    assert [verdict.changed for verdict in found] == [
+        ("mouth",), ("clothing",), ("hair_style",), ("headwear",)
+    ]  # fmt: skip
+    assert [verdict.leaked for verdict in found] == [verdict.changed for verdict in found]
+    assert [verdict.kept for verdict in found] == pytest.approx([3 / 4, 3 / 4, 3 / 4, 2 / 3])
+
+
+def test_the_judge_reads_values_by_name() -> None:
+    judge = AttributeJudge.load()
+    files = sorted(embedded.data_path("glasses").glob("*.png"))[:8]
+    pictures = torch.stack([torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files])
+    pictures = pictures.permute(0, 3, 1, 2) / 255
+    indices = judge(pictures)
+    for n, seen in enumerate(judge.read(pictures)):
+        assert list(seen) == list(judge.attributes)
+        assert all(judge.attributes[a].index(value) == int(indices[a][n]) for a, value in seen.items())
+    assert {seen["eyewear"] for seen in judge.read(pictures)} == {"glasses"}
 
 
 def test_a_target_that_the_classifier_does_not_know() -> None:

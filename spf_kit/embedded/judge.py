@@ -6,6 +6,7 @@ A small convolutional classifier with one head an attribute. No loss ever uses i
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -34,6 +35,19 @@ COVERED: dict[str, tuple[str, ...]] = {
     "with a moustache": ("mouth",),
     "wearing a winter hat": ("hair_style", "hair_color"),
 }
+
+
+def hidden(seen: Mapping[str, str]) -> set[str]:
+    """The attributes of a picture (attribute -> value) that cannot be seen in it. What the judge says of them
+    means nothing: it was not taught."""
+    covered: set[str] = set()
+    if seen.get("headwear", "none") != "none":
+        covered |= {"hair_style", "hair_color"}
+    elif seen.get("hair_style") == "dreadlocks" and seen.get("clothing") in ("overalls", "blazer"):
+        covered |= {"clothing_color"}  # they fall over the straps and the lapels
+    if seen.get("facial_hair", "none") != "none":
+        covered |= {"mouth"}
+    return covered
 
 
 def block(inside: int, outside: int, stride: int) -> nn.Sequential:
@@ -110,6 +124,13 @@ class AttributeJudge:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) in [0, 1] to attribute -> (B,) class indices."""
         return {name: p.argmax(1) for name, p in self.probabilities(images).items()}
+
+    def read(self, images: Tensor) -> list[dict[str, str]]:
+        """(B, 3, H, W) in [0, 1] to each picture's attribute -> value."""
+        columns = {
+            name: [self.attributes[name][i] for i in found.tolist()] for name, found in self(images).items()
+        }
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
     def shows(self, images: Tensor, target: str) -> Tensor:
         """(B,) bool: whether each picture shows `target`, a key of TARGETS."""

@@ -9,7 +9,7 @@ Shapes: N prompts, H x W pixels, pictures (N, 3, H, W) in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -56,8 +56,10 @@ class Judge(Protocol):
 class ByAttributes:
     """The embedded base's own classifier: what people would name in a portrait.
 
-    Kept are all attributes but the target's and those that the target covers (a winter hat covers hair). A
-    target phrase that the classifier does not know is left to the CLIP pair; then nothing is covered.
+    Kept are all attributes but the target's and those that the target covers (a winter hat covers hair). What
+    cannot be seen in either of two pictures is not compared: dreadlocks fall over a blazer's colour, and the
+    classifier, which has to say something, says another colour at the slightest change. A target phrase that
+    it does not know is left to the CLIP pair; then the target covers nothing.
     """
 
     def __init__(
@@ -79,13 +81,13 @@ class ByAttributes:
         self.rest = [name for name in self.judge.attributes if name not in covered]
 
     def __call__(self, model: Pictures, base: Pictures, captions: Sequence[Caption]) -> list[Verdict]:
-        seen_asked, seen_plain, seen_base = map(self.judge, (model.asked, model.plain, base.plain))
+        seen_asked, seen_plain, seen_base = map(self.judge.read, (model.asked, model.plain, base.plain))
         responds = self._responds(model.asked, captions)
         verdicts = []
         for n in range(len(captions)):
-            changed = tuple(a for a in self.rest if seen_asked[a][n] != seen_base[a][n])
-            leaked = tuple(a for a in self.judge.attributes if seen_plain[a][n] != seen_base[a][n])
-            verdicts.append(Verdict(responds[n], 1 - len(changed) / len(self.rest), changed, leaked))
+            rest, changed = compared(seen_base[n], seen_asked[n], self.rest)
+            leaked = compared(seen_base[n], seen_plain[n], self.judge.attributes)[1]
+            verdicts.append(Verdict(responds[n], 1 - len(changed) / max(1, len(rest)), changed, leaked))
         return verdicts
 
     def _responds(self, asked: Tensor, captions: Sequence[Caption]) -> Sequence[bool | None]:
@@ -95,6 +97,17 @@ class ByAttributes:
         if self.clip is not None:
             return self.clip.prefers_full(asked, captions)
         return [None] * len(captions)
+
+
+def compared(
+    base: Mapping[str, str], seen: Mapping[str, str], attributes: Iterable[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Which of the attributes can be seen in both pictures, and which of these differ."""
+    from spf_kit.embedded.judge import hidden
+
+    # what hides something and came or went has itself changed, and says so
+    visible = tuple(a for a in attributes if a not in hidden(base) | hidden(seen))
+    return visible, tuple(a for a in visible if base[a] != seen[a])
 
 
 class ByPixels:

@@ -164,18 +164,6 @@ def phrases(portrait: Portrait, rng: random.Random | None = None) -> dict[str, s
     return said
 
 
-def hidden(portrait: Portrait) -> set[str]:
-    """The attributes that cannot be seen: hair under a hat, the mouth in facial hair, and so on."""
-    covered: set[str] = set()
-    if portrait.get("headwear", "none") != "none":
-        covered |= {"hair_style", "hair_color"}
-    elif portrait["hair_style"] == "dreadlocks" and portrait["clothing"] in ("overalls", "blazer"):
-        covered |= {"clothing_color"}  # they fall over the straps and the lapels
-    if portrait.get("facial_hair", "none") != "none":
-        covered |= {"mouth"}
-    return covered
-
-
 def kept_groups(portrait: Portrait, rng: random.Random, keep: float = 0.9) -> list[str]:
     """What a caption names, in its order: each common group with probability `keep`, every preset attribute.
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from spf_kit.embedded.build import attributes as at
 from spf_kit.embedded.build.render import picture
+from spf_kit.embedded.judge import hidden
 
 COUNT = 32
 # set -> (target phrase, what all of its pictures share)
@@ -75,7 +76,7 @@ def write_set(name: str, folder: Path, seed: int) -> None:
 def show_all(columns: dict[str, list[str]], rng: random.Random) -> None:
     """Swap clothes between rows until every named attribute can be seen."""
     rows = range(len(columns["clothing"]))
-    while clashes := [i for i in rows if at.hidden({a: values[i] for a, values in columns.items()})]:
+    while clashes := [i for i in rows if hidden({a: values[i] for a, values in columns.items()})]:
         i, j = clashes[0], rng.choice(rows)
         clothing = columns["clothing"]
         clothing[i], clothing[j] = clothing[j], clothing[i]

@@ -22,7 +22,7 @@ from spf_kit.embedded.build.augment import augment
 from spf_kit.embedded.build.clip import labels
 from spf_kit.embedded.build.common import Average, Budget, Log, start, to_tensor
 from spf_kit.embedded.build.render import load
-from spf_kit.embedded.judge import AttributeJudge, JudgeNetwork
+from spf_kit.embedded.judge import AttributeJudge, JudgeNetwork, hidden
 
 HELD_OUT = 1024
 WIDTHS = (24, 48, 80, 32)
@@ -32,7 +32,7 @@ PRESET_COLUMNS = [i for i, name in enumerate(at.ATTRIBUTES) if name in at.PRESET
 
 def mask_of(portraits: list[at.Portrait]) -> Tensor:
     """(B, attributes): what cannot be seen is not asked for."""
-    return torch.tensor([[float(a not in at.hidden(p)) for a in at.ATTRIBUTES] for p in portraits])
+    return torch.tensor([[float(a not in hidden(p)) for a in at.ATTRIBUTES] for p in portraits])
 
 
 def loss_of(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:

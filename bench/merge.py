@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
 import torch
+from common import Shape, single_file_shapes, timed
 
 from spf_kit.adapters import files
 from spf_kit.adapters.layers import LohaLayer, LokrLayer, LoraLayer, OftLayer, Update
@@ -31,30 +30,21 @@ from spf_kit.families.loading import empty_module
 from spf_kit.families.sources import components_of
 from spf_kit.headers import encode_header
 
-Shape = tuple[int, ...]
 Modules = dict[tuple[str, str], Shape]
 IDLE = "import spf_kit.adapters.merge, spf_kit.cli, spf_kit.workflow, rich.progress"
 KINDS, TOGETHER = ("lora", "locon", "dora", "loha", "lokr", "oft"), "together"
 BLOCK = 8 * 2**20  # random values that are written over and over
 
 
-def shapes() -> tuple[dict[str, Shape], Modules]:
-    """The tensors of SDXL's single file, and the weights that LoRAs change, by component and module."""
-    tensors: dict[str, Shape] = {}
-    modules: Modules = {}
+def adaptable() -> Modules:
+    """The weights of SDXL that LoRAs change, by component and module."""
+    found: Modules = {}
     for component in components_of("sdxl"):
-        config = shipped_config("sdxl", component)
-        names = ldm_keys.key_map(component, config, ldm_keys.prefix_of(component, "sdxl"))
-        for name, parameter in empty_module(component, config).named_parameters():
+        for name, parameter in empty_module(component, shipped_config("sdxl", component)).named_parameters():
             name, shape = ldm_keys.standard_name(component, name), tuple(parameter.shape)
-            key = names.to_ldm(name)
-            assert key is not None, name
             if name.endswith(".weight") and len(shape) in (2, 4) and component != "vae":
-                modules[component, name.removesuffix(".weight")] = shape
-            if key in tensors:  # q, k and v of OpenCLIP share a tensor
-                shape = (tensors[key][0] + shape[0], *shape[1:])
-            tensors[key] = (*shape, 1, 1) if ldm_keys.is_vae_attention_weight(key) else shape
-    return tensors, modules
+                found[component, name.removesuffix(".weight")] = shape
+    return found
 
 
 def write_checkpoint(path: Path, tensors: dict[str, Shape]) -> Path:
@@ -113,32 +103,6 @@ def layers_of(kind: str, modules: Modules) -> dict[tuple[str, str], Update]:
     return {key: make(shape) for key, shape in wide.items()}
 
 
-def timed(*command: str | Path) -> tuple[float, int]:
-    """Seconds and peak resident memory in bytes of a process. Raises RuntimeError if it fails.
-
-    The peak is asked of the system while the process runs: what `wait4` tells counts this process too, from
-    which the other was started.
-    """
-    began, peak = time.perf_counter(), 0
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        peak = max(peak, _high_water_mark(process.pid))
-        time.sleep(0.02)
-    seconds = time.perf_counter() - began
-    if process.returncode:
-        raise RuntimeError(f"{command} ended with {process.returncode}")
-    return seconds, peak
-
-
-def _high_water_mark(pid: int) -> int:
-    """VmHWM in bytes; 0 for a process that has just ended, or not become what it shall be."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
-
-
 def copied(source: Path, target: Path) -> float:
     """Seconds of `cp` and of writing it to the disk."""
     seconds = timed("cp", source, target)[0] + timed("sync", target)[0]
@@ -155,8 +119,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        tensors, modules = shapes()
-        base = write_checkpoint(folder / "sdxl.safetensors", tensors)
+        modules = adaptable()
+        base = write_checkpoint(folder / "sdxl.safetensors", single_file_shapes("sdxl"))
         wanted = options.only or [*KINDS, TOGETHER]
         made = {
             kind: files.write(files.LoraFile(layers_of(kind, modules)), folder / f"{kind}.safetensors")

@@ -15,17 +15,15 @@ import argparse
 import json
 import logging
 import os
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import single_file_shapes, timed
 from torch import Tensor, nn
 
 from spf_kit.adapters import files, keys
@@ -55,24 +53,13 @@ SETTINGS = [
 
 def write_checkpoint(path: Path) -> Path:
     """SD 1.5 in the LDM layout, float16: norms do nothing, other weights are small and random."""
-    shapes = dict(sorted(_ldm_shapes("sd15")))
+    shapes = dict(sorted(single_file_shapes("sd15").items()))
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
     with open(path, "wb") as file:
         file.write(encode_header({name: ("F16", shape) for name, shape in shapes.items()}, {"format": "pt"}))
         for name, shape in shapes.items():
             file.write(_values(name, shape, noise).half().numpy().tobytes())
     return path
-
-
-def _ldm_shapes(family: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for component in components_of(family):
-        config = shipped_config(family, component)
-        names = ldm_keys.key_map(component, config, ldm_keys.prefix_of(component, family))
-        for name, tensor in empty_module(component, config).state_dict().items():
-            key = names.to_ldm(ldm_keys.standard_name(component, name))
-            assert key is not None, name
-            shape = tuple(tensor.shape)
-            yield key, (*shape, 1, 1) if ldm_keys.is_vae_attention_weight(key) else shape
 
 
 def _values(name: str, shape: tuple[int, ...], noise: Tensor) -> Tensor:
@@ -97,14 +84,11 @@ def train(checkpoint: Path, folder: Path, threads: int) -> Path:
         f"adapter.targets={json.dumps(TARGETS)}",
     ]
     sets.append(f"train.threads={threads}")
-    began = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "spf_kit", "train", "glasses", "--recipe", "naive", "--steps", "2", "--base",
-         checkpoint, "--data", data, "--output", folder / "run", *(f"--set={text}" for text in sets)],
-        check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    )  # fmt: skip
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"trained 2 steps on it in {time.perf_counter() - began:.0f} s, at most {peak:.1f} GB")
+    command = [sys.executable, "-m", "spf_kit", "train", "glasses", "--recipe", "naive", "--steps", "2"]
+    places = ["--base", checkpoint, "--data", data, "--output", folder / "run"]
+    alone = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    seconds, peak = timed(*command, *places, *(f"--set={text}" for text in sets), environment=alone)
+    print(f"trained 2 steps on it in {seconds:.0f} s, at most {peak / 2**30:.1f} GB", flush=True)
     return folder / "run" / "glasses.safetensors"
 
 

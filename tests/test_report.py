@@ -169,7 +169,7 @@ def test_a_run_writes_its_page_with_everything_on_it(run: Path) -> None:
     strips = [
         attrs["alt"] for _, attrs in found.elements if (attrs.get("alt") or "").startswith("strength 1.5")
     ]
-    assert len(strips) == 4  # two prompts, asked and not
+    assert len(strips) == 2  # asked and not
 
 
 def test_captions_and_file_names_are_text(run: Path) -> None:

@@ -106,7 +106,7 @@ def _pictures(run: RunFiles, edges: Sequence[tuple[float, str]]) -> Chart | None
             plain.append((preview.step, _mean([_difference(o.plain, n.plain) for o, n in pairs])))
     return chart(
         "previews against the base's pictures", [("not asked", plain), ("asked", asked)], run.total,
-        edges=edges, note="Mean difference of the pixels, of 1. The lower curve should stay near 0.",
+        edges=edges, note="Mean difference of the pixels, of 1. Not asked should stay near 0.",
     )  # fmt: skip
 
 

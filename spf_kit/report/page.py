@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spf_kit.measure.table import COLUMNS
-from spf_kit.report import curves, verdict
+from spf_kit.report import curves, shots, verdict
 from spf_kit.report.facts import facts, settings
 from spf_kit.report.pictures import fit_previews, some_fitted
 from spf_kit.report.reader import RunFiles, section
@@ -27,10 +27,6 @@ ABOUT = {
     "be dark.",
     "phrase": "Where the base model looks for this phrase of the prompt.",
 }
-SOURCES = (
-    ("base, not asked", "base_plain"), ("base, asked", "base_asked"), ("LoRA, asked", "asked"),
-    ("LoRA, not asked", "plain"),
-)  # fmt: skip
 
 
 def context(run: RunFiles, *, watching: bool, scale: float = 1.0) -> dict[str, Any]:
@@ -38,7 +34,7 @@ def context(run: RunFiles, *, watching: bool, scale: float = 1.0) -> dict[str, A
     found = curves.charts(run)  # from the pictures as they were kept
     previews = fit_previews(run.previews, int(PREVIEWS * scale), int(MAPS * scale))
     run = replace(run, previews=previews)
-    cases, pair = proof_cases(run, "", int(PROOF * scale))
+    cases = shots.laid_out(shots.evaluated(run) or shots.previewed(run), int(PROOF * scale))
     drift = bool(run.series("learnt"))
     return {
         "run": run,
@@ -54,7 +50,7 @@ def context(run: RunFiles, *, watching: bool, scale: float = 1.0) -> dict[str, A
         "unmeasured": _unmeasured(run),
         "changes": verdict.changes(run),
         "cases": cases,
-        "pair": pair,
+        "pair": ("base, asked", "LoRA, asked"),
         "worst": any(case["note"] for case in cases),
         "strips": strips(run, int(STRIPS * scale)),
         **_explorer(previews),
@@ -104,44 +100,7 @@ def _unmeasured(run: RunFiles) -> str:
     return f"Measure the LoRA with: spf-kit evaluate {shlex.quote(str(run.lora))}"
 
 
-# --- the proof --------------------------------------------------------------------------------------------
-
-
-def proof_cases(run: RunFiles, prefix: str, budget: int) -> tuple[list[dict[str, Any]], tuple[str, str]]:
-    """Cases for the comparer and the gallery, and the two pictures that it begins with.
-
-    From the evaluation; before it, from the newest preview. `prefix` keeps ids of several runs apart.
-    """
-    if run.proof and run.proof.cases:
-        rows = [(case, cut(f"{case.prompt} (seed {case.seed})"), case.why) for case in run.proof.cases]
-        pictures = [[str(getattr(case, key)) for _, key in SOURCES] for case, _, _ in rows]
-        labels, names = [(label, why) for _, label, why in rows], [name for name, _ in SOURCES]
-    else:
-        labels, names, pictures = _preview_cases(run)
-    fitted = iter(some_fitted([url for row in pictures for url in row], budget))
-    cases = []
-    for number, (label, note) in enumerate(labels):
-        shown = [
-            {"id": f"{prefix}p{number}-{place}", "name": name, "url": url}
-            for place, name in enumerate(names)
-            if (url := next(fitted))
-        ]
-        if shown:
-            ids = {picture["name"]: picture["id"] for picture in shown}
-            cases.append({"label": label, "note": cut(note), "shown": shown, "pictures": ids})
-    return cases, ("base, asked", "LoRA, asked")
-
-
-def _preview_cases(run: RunFiles) -> tuple[list[tuple[str, str]], list[str], list[list[str]]]:
-    """The newest preview beside the base's pictures of it."""
-    newest = curves.latest(run.previews)
-    if newest is None or run.previews[0].step:
-        return [], [], []
-    base = {(case.prompt, case.seed): case for case in run.previews[0].cases}
-    pairs = [(base[key], case) for case in newest.cases if (key := (case.prompt, case.seed)) in base]
-    labels = [(cut(f"{case.prompt} (seed {case.seed}, step {newest.step})"), "") for _, case in pairs]
-    pictures = [[old.plain, old.asked, new.asked, new.plain] for old, new in pairs]
-    return labels, [name for name, _ in SOURCES], pictures
+# --- strengths ----------------------------------------------------------------------------------------------
 
 
 def strips(run: RunFiles, budget: int) -> list[dict[str, Any]]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spf_kit.training.records import ProofCase, ProofRecord, StrengthRecord, StrengthRow, data_url
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from spf_kit.config import Resolved
     from spf_kit.families.base import Family
     from spf_kit.measure.evaluate import Evaluation
@@ -18,7 +15,6 @@ if TYPE_CHECKING:
 FIRST = 4  # prompts that nobody chose
 WORST = 4
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-IN_STRIP = 2  # prompts, each asked and not asked
 
 
 def proof(evaluation: Evaluation, name: str) -> ProofRecord:
@@ -68,20 +64,21 @@ def _fault(row: dict[str, Any]) -> tuple[float, str]:
 def strengths(
     resolved: Resolved, family: Family, lora: Path, evaluation: Evaluation, name: str, progress: Any = None
 ) -> StrengthRecord:
-    """The first prompts over the strengths, asked and not. 0 and 1 were drawn by the evaluation."""
+    """One prompt over the strengths, asked and not: the first that the base does not answer by itself, or a
+    strip would show nothing growing. 0 and 1 were drawn by the evaluation."""
+    import torch
+
     from spf_kit.adapters import files
     from spf_kit.adapters.earlier import attached
     from spf_kit.adapters.inject import AdapterHandle
-    from spf_kit.sampling import generate
+    from spf_kit.sampling import generate, to_pil
 
-    config, captions = resolved.config, evaluation.captions[:IN_STRIP]
-    count, settings = len(captions), evaluation.data["settings"]
-    seeds = [int(seed) for seed in settings["seeds"][:count]]
-    texts = [caption.full for caption in captions] + [caption.base for caption in captions]
+    config, settings = resolved.config, evaluation.data["settings"]
+    answers = [row["responds"] for row in evaluation.data["base"]["per_prompt"]]
+    n = answers.index(False) if False in answers else 0
+    caption, seed = evaluation.captions[n], int(settings["seeds"][n])
     known = {0.0: evaluation.base, 1.0: evaluation.pictures[name]}
-    drawn: dict[float, Tensor] = {
-        s: _both(pictures.asked[:count], pictures.plain[:count]) for s, pictures in known.items()
-    }
+    drawn = {s: torch.stack([pictures.asked[n], pictures.plain[n]]) for s, pictures in known.items()}
     with attached(family, config.adapter.on):
         handle = AdapterHandle.attach(family, files.read(lora), name="strengths")
         try:
@@ -89,32 +86,21 @@ def strengths(
                 if strength not in drawn:
                     handle.set_strength(strength)
                     drawn[strength] = generate(
-                        family, texts, seeds * 2, steps=config.evaluate.steps, cfg=config.evaluate.cfg,
-                        scheduler=settings["sampler"], clip_skip=config.base.clip_skip,
-                        chunks=config.data.chunks, batch_size=config.evaluate.batch_size, progress=progress,
+                        family, [caption.full, caption.base], [seed, seed],
+                        steps=config.evaluate.steps, cfg=config.evaluate.cfg, scheduler=settings["sampler"],
+                        clip_skip=config.base.clip_skip, chunks=config.data.chunks, progress=progress,
                     )  # fmt: skip
         finally:
             handle.remove()
     rows = [
         StrengthRow(
-            prompt=captions[n % count].base,
-            seed=seeds[n % count],
-            asked=n < count,
-            pictures=_urls([drawn[strength][n] for strength in STRENGTHS]),
+            prompt=caption.base,
+            seed=seed,
+            asked=asked,
+            pictures=[
+                data_url(picture) for picture in to_pil(torch.stack([drawn[s][place] for s in STRENGTHS]))
+            ],
         )
-        for pair in range(count)
-        for n in (pair, count + pair)
+        for place, asked in enumerate((True, False))
     ]
-    return StrengthRecord(target=captions[0].target, strengths=list(STRENGTHS), rows=rows)
-
-
-def _both(asked: Tensor, plain: Tensor) -> Tensor:
-    import torch
-
-    return torch.cat([asked, plain])
-
-
-def _urls(pictures: Sequence[Tensor]) -> list[str]:
-    from spf_kit.sampling import to_pil
-
-    return [data_url(to_pil(picture[None])[0]) for picture in pictures]
+    return StrengthRecord(target=caption.target, strengths=list(STRENGTHS), rows=rows)

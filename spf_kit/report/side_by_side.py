@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from spf_kit.measure.table import COLUMNS
-from spf_kit.report import curves, verdict
+from spf_kit.report import curves, shots, verdict
 from spf_kit.report.facts import differences, name_of
-from spf_kit.report.page import PROOF, SOURCES, STRIPS, proof_cases, state, strips
+from spf_kit.report.page import PROOF, STRIPS, state, strips
 from spf_kit.report.reader import RunFiles
-
-OF_BASE = 2  # the first of SOURCES are the base's
 
 
 def context(runs: Sequence[RunFiles], *, scale: float = 1.0) -> dict[str, Any]:
@@ -25,7 +23,8 @@ def context(runs: Sequence[RunFiles], *, scale: float = 1.0) -> dict[str, Any]:
         "rows": verdict.rows(runs, labels),
         "heads": list(COLUMNS.values()),
         "how": verdict.how(measured[0]) if measured else "",
-        **_pictures(runs, labels, int(PROOF * share)),
+        "cases": shots.laid_out(_shots(runs, labels), int(2 * PROOF * scale)),
+        "pair": (f"{labels[0]}, asked", f"{labels[-1]}, asked"),
         "strips": [
             {**row, "label": f"{label}, {row['label']}"}
             for label, run in zip(labels, runs)
@@ -48,25 +47,14 @@ def names(runs: Sequence[RunFiles]) -> list[str]:
     return [f"{name} ({number})" for number, name in enumerate(long, 1)]
 
 
-def _pictures(runs: Sequence[RunFiles], labels: Sequence[str], budget: int) -> dict[str, Any]:
-    """Cases that at least two runs have, or all of the first where there are none: the base's pictures once,
-    then each run's."""
-    by_label: dict[str, dict[str, Any]] = {}
-    for number, (name, run) in enumerate(zip(labels, runs)):
-        found, _ = proof_cases(run, f"r{number}", budget)
-        for case in found:
-            merged = by_label.setdefault(
-                case["label"], {"label": case["label"], "note": "", "shown": [], "of": 0}
-            )
-            merged["of"] += 1
-            there = {picture["name"] for picture in merged["shown"]}
-            for picture in case["shown"]:
-                own = [source for source, _ in SOURCES[OF_BASE:]]
-                title = picture["name"].replace("LoRA", name) if picture["name"] in own else picture["name"]
-                if title not in there:
-                    merged["shown"].append({**picture, "name": title})
-    cases = [case for case in by_label.values() if case["of"] > 1] or list(by_label.values())
-    for case in cases:
-        case["pictures"] = {picture["name"]: picture["id"] for picture in case["shown"]}
-    first = [f"{name}, asked" for name in labels]
-    return {"cases": cases, "pair": (first[0], first[-1])}
+def _shots(runs: Sequence[RunFiles], labels: Sequence[str]) -> list[shots.Shot]:
+    """What was evaluated, then the newest previews: runs that have not ended have only those."""
+    kinds = (shots.evaluated, shots.previewed)
+    found = [shots.merged([of(run) for run in runs], labels) for of in kinds]
+    several = [[shot for shot in kind if _models(shot) > 1] for kind in found]
+    return [shot for kind in several for shot in kind] or found[0] or found[1]
+
+
+def _models(shot: shots.Shot) -> int:
+    """How many LoRAs drew it."""
+    return sum(name not in shots.OF_BASE for name in shot.pictures) // len(shots.OF_LORA)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from spf_kit.report import build, page, plots, watch
 from spf_kit.report.reader import gather
-from spf_kit.training import records
+from spf_kit.training import keeping, overlays, records
 
 TEMPLATES = Path(build.__file__).parent / "template"
 CAPTIONS = [
@@ -241,6 +241,13 @@ def test_the_policy_allows_this_style_and_this_script_alone(run: Path) -> None:
     assert " style=" not in html.split("</style>")[1]
 
 
+def test_a_page_that_is_watched_reloads_itself(copy: Path) -> None:
+    found = parsed(build.rebuild(copy, watching=True))
+    assert "Reload every 20 seconds" in found.words
+    assert any(attrs.get("id") == "follow" for _, attrs in found.elements)
+    assert not any(attrs.get("http-equiv") == "refresh" for _, attrs in found.elements)
+
+
 def test_pictures_have_words_and_controls_have_names(run: Path) -> None:
     found = parsed(run / "report.html")
     images = [attrs for tag, attrs in found.elements if tag == "img"]
@@ -341,20 +348,45 @@ def test_a_page_that_cannot_be_written_stops_no_run(
         raise OSError("no room")
 
     monkeypatch.setattr(watch, "rebuild", broken)
+    monkeypatch.setattr(overlays, "of_change", broken)
+    monkeypatch.setattr(keeping, "_data", broken)
     quick = [
-        "--set",
-        "evaluate.enabled=false",
-        "--set",
-        "preview.every=0",
-        "--steps",
-        "1",
-        "--recipe",
-        "naive",
-    ]
+        "--steps", "2", "--recipe", "naive", "--set", "evaluate.enabled=false", "--set", "preview.every=1",
+        "--set", "preview.count=1", "--set", "preview.steps=2",
+    ]  # fmt: skip
     ended = spf_kit("train", "glasses", "--data", hostile, "--output", "r", *quick)
     assert ended.code == 0
     assert (tmp_path / "r/glasses.safetensors").is_file()
-    assert ended.err.count("the report could not be written: no room") == 1
+    for what in (
+        "the report could not be written", "attention and changes could not be mapped",
+        "the report's records could not be written",
+    ):  # fmt: skip
+        assert ended.err.count(f"{what}: no room") == 1
+    kept = records.load(records.PreviewRecord, records.preview_file(tmp_path / "r", 2))
+    assert [shown.label for shown in kept.cases[0].maps] == []
+    assert gather(tmp_path / "r").finished
+
+
+def test_the_base_beside_a_lora_without_effect_is_its_picture(pictures: Path, tmp_path: Path) -> None:
+    from spf_kit import config
+    from spf_kit.training import trainer
+
+    sets = [
+        "train.steps=2", "preview.every=1", "preview.steps=2", "preview.count=2", "train.threads=1",
+        "train.batch_size=1", "train.learning_rate=1e-30", "train.log_tensorboard=false",
+    ]  # fmt: skip
+    resolved = config.load("glasses", recipe="naive", data=str(pictures), sets=sets)
+    trainer.train(resolved, tmp_path / "r").handle.remove()
+    base, first, second = gather(tmp_path / "r").previews
+    assert (base.step, first.step, second.step) == (0, 1, 2)
+    assert keeping._of_same(records.preview_file(tmp_path / "r", 0), second)
+    dark = records.veil([[0.0] * 16] * 16)
+    for case, old in zip(first.cases, base.cases):
+        assert (case.asked, case.plain) == (old.asked, old.plain)
+        assert case.asked != case.plain
+        assert [m.picture for m in case.maps if m.label == "changed when not asked"] == [dark]
+    second.cases[0].seed += 1
+    assert not keeping._of_same(records.preview_file(tmp_path / "r", 0), second)
 
 
 # --- several runs -----------------------------------------------------------------------------------------

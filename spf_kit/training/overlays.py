@@ -114,6 +114,30 @@ def of_change(view: Scene) -> list[Map]:
     ]
 
 
+def acting(
+    model: Model, config: Config, pictures: Tensor, captions: Sequence[Caption], seeds: Sequence[int]
+) -> list[Map]:
+    """`of_change` and `of_phrases` of the pictures, one after another: the attention of all layers to several
+    at once could need more memory than drawing them did."""
+    found: dict[str, Map] = {}
+    rows: dict[str, dict[int, Tensor]] = {}
+    for n in range(len(captions)):
+        one = slice(n, n + 1)
+        here = scene(model, config, pictures[one], captions[one], seeds[one])
+        for shown in (*of_change(here), *of_phrases(here)):
+            found.setdefault(shown.label, shown)
+            rows.setdefault(shown.label, {})[n] = shown.values
+    order = sorted(found.values(), key=lambda shown: -1 if shown.phrase is None else shown.phrase)
+    blank = {label: torch.zeros_like(next(iter(there.values()))) for label, there in rows.items()}
+    return [
+        replace(
+            shown,
+            values=torch.cat([rows[shown.label].get(n, blank[shown.label]) for n in range(len(captions))]),
+        )
+        for shown in order
+    ]
+
+
 def overlays(
     model: Model, masks: Sequence[Mask], config: Config, pictures: Tensor, captions: Sequence[Caption],
     seeds: Sequence[int],

@@ -124,20 +124,15 @@ class Preview:
 
     def _maps(self, pictures: Tensor) -> tuple[list[overlays.Map], list[overlays.Map]]:
         """Those of the run's masks, which the preview promises, and those that help to understand it."""
-        chosen, captions = overlays.drawable(self.masks), self._captions
-        found: list[overlays.Map] = []
+        about = self.model, self.config, pictures, self._captions, self._seeds
+        chosen = overlays.drawable(self.masks)
+        found = overlays.of_masks(overlays.scene(*about), chosen) if chosen else []
         others: list[overlays.Map] = []
-
-        def view() -> overlays.Scene:
-            return overlays.scene(self.model, self.config, pictures, captions, self._seeds)
-
-        def more() -> None:
-            here = view()
-            others.extend([*overlays.of_change(here), *overlays.of_phrases(here)])
-
-        if chosen:
-            found = overlays.of_masks(view(), chosen)
-        attempt("attention and changes could not be mapped", more, self.warn)
+        attempt(
+            "attention and changes could not be mapped",
+            lambda: others.extend(overlays.acting(*about)),
+            self.warn,
+        )
         return found, others
 
     def _record(self, step: int, drawn: Sequence[Any], maps: Sequence[overlays.Map]) -> PreviewRecord:

@@ -314,6 +314,42 @@ def test_whatever_is_missing_or_cut_is_left_out(copy: Path) -> None:
     assert "step 0 of 4: not finished" in parsed(build.rebuild(copy)).words
 
 
+def test_a_run_that_goes_on_does_not_keep_its_old_verdict(copy: Path) -> None:
+    stale = "These figures are of an earlier end of the run"
+    assert stale not in parsed(build.rebuild(copy)).words
+    last = json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])
+    kept = records.load(records.RunRecord, copy / "report/run.json")
+    records.save(kept.model_copy(update={"steps": 8}), copy / "report/run.json")
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(last | {"step": 5}) + "\n")
+    words = parsed(build.rebuild(copy)).words
+    assert "step 5 of 8: not finished" in words
+    assert stale in words
+
+
+def test_a_name_that_leads_out_of_the_folder_is_not_followed(copy: Path) -> None:
+    shutil.copy(copy / "glasses.safetensors", copy.parent / "other.safetensors")
+    config = copy / "config.toml"
+    config.write_text(config.read_text().replace('name = "glasses"', 'name = "../other"'))
+    assert gather(copy).lora is None
+
+
+def test_thumbnails_stand_upright_and_in_colour(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    wide = Image.new("RGB", (800, 400), "red")
+    wide.save(tmp_path / "turned.jpg", exif=exif)
+    wide.convert("P").save(tmp_path / "palette.png")
+    for name, size in (("turned.jpg", (80, 160)), ("palette.png", (160, 80))):
+        url = records.thumbnail(tmp_path / name)
+        assert url is not None
+        small = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+        assert small.size == size
+        assert small.getpixel((40, 40))[0] > 200 > 60 > small.getpixel((40, 40))[2]
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert records.thumbnail(tmp_path / "broken.png") is None
+
+
 @pytest.mark.parametrize(
     "line", ['{"step": "x"}', "[]", "7", '{"step": -1}', '{"step": 5, "loss": 1e999}', "{"]
 )

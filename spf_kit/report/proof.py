@@ -82,14 +82,16 @@ def strengths(
     with attached(family, config.adapter.on):
         handle = AdapterHandle.attach(family, files.read(lora), name="strengths")
         try:
-            for strength in STRENGTHS:
-                if strength not in drawn:
-                    handle.set_strength(strength)
-                    drawn[strength] = generate(
-                        family, [caption.full, caption.base], [seed, seed],
-                        steps=config.evaluate.steps, cfg=config.evaluate.cfg, scheduler=settings["sampler"],
-                        clip_skip=config.base.clip_skip, chunks=config.data.chunks, progress=progress,
-                    )  # fmt: skip
+            missing = [strength for strength in STRENGTHS if strength not in drawn]
+            for number, strength in enumerate(missing):
+                handle.set_strength(strength)
+                drawn[strength] = generate(
+                    family, [caption.full, caption.base], [seed, seed],
+                    steps=config.evaluate.steps, cfg=config.evaluate.cfg, scheduler=settings["sampler"],
+                    clip_skip=config.base.clip_skip, chunks=config.data.chunks,
+                )  # fmt: skip
+                if progress:
+                    progress(number + 1, len(missing), f"strength {strength:g}")
         finally:
             handle.remove()
     rows = [

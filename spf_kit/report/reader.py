@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -88,6 +89,7 @@ class RunFiles:
     seconds: records.Seconds | None = None
     lora: Path | None = None
     selection: Mapping[str, Any] | None = None  # which step the LoRA holds, where drift was measured
+    measured: bool = False  # whether the LoRA is the one that evaluation.json speaks of
     sheets: list[Path] = field(default_factory=list)  # samples/*.png
     damaged: list[str] = field(default_factory=list)
 
@@ -106,6 +108,11 @@ class RunFiles:
     @property
     def finished(self) -> bool:
         return self.lora is not None and self.done >= self.total
+
+    @property
+    def stale(self) -> bool:
+        """Whether the evaluation is of an earlier end of the run, which has gone on since."""
+        return self.evaluation is not None and not (self.finished and self.measured)
 
     @property
     def stages(self) -> list[Stage]:
@@ -145,7 +152,8 @@ def gather(folder: Path) -> RunFiles:
     previews = sorted((folder / records.FOLDER / records.PREVIEWS).glob("step-*.json"))
     found = [read(records.PreviewRecord, records.PREVIEWS, file.name) for file in previews]
     name = config["attribute"]["name"]
-    lora = RunFolder(folder).lora(name, str(section(config, "output").get("format", "kohya")))
+    lora = _lora(folder, name, str(section(config, "output").get("format", "kohya")))
+    metadata = _metadata(lora) if lora else {}
     evaluation = _evaluation(folder / "evaluation.json", damaged)
     return RunFiles(
         folder=folder,
@@ -160,8 +168,10 @@ def gather(folder: Path) -> RunFiles:
         proof=read(records.ProofRecord, records.PROOF) if evaluation else None,
         strengths=read(records.StrengthRecord, records.STRENGTHS) if evaluation else None,
         seconds=read(records.Seconds, records.SECONDS),
-        lora=lora if lora.exists() else None,
-        selection=_selection(lora),
+        lora=lora,
+        selection=_selection(metadata),
+        # peft's folders have no place for it
+        measured=lora is not None and (lora.is_dir() or "spf_kit.measured" in metadata),
         sheets=sorted((folder / "samples").glob("step-*.png")),
         damaged=damaged,
     )
@@ -250,14 +260,27 @@ def _number(value: Any) -> float | None:
     return None
 
 
-def _selection(lora: Path) -> Mapping[str, Any] | None:
-    """`spf_kit.selection` of the LoRA's metadata."""
+def _lora(folder: Path, name: str, format: str) -> Path | None:
+    """The run's result, if it is there; a name with slashes, which no preset may have, is not followed."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        return None
+    file = RunFolder(folder).lora(name, format)
+    return file if file.exists() else None
+
+
+def _metadata(lora: Path) -> Mapping[str, str]:
     from spf_kit.adapters.index import index
 
     try:
-        found = json.loads(index(lora).metadata.get("spf_kit.selection", "null"))
+        return index(lora).metadata
     except (UserError, OSError, ValueError, RecursionError):
+        return {}
+
+
+def _selection(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """`spf_kit.selection` of the LoRA's metadata."""
+    try:
+        found = json.loads(metadata.get("spf_kit.selection", "null"))
+    except (ValueError, RecursionError):
         return None
-    if isinstance(found, dict) and isinstance(found.get("step"), int):
-        return found
-    return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None

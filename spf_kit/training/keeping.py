@@ -28,7 +28,7 @@ WHAT = "the report's records could not be written"
 def begin(s: Session, resolved: Resolved) -> None:
     """Keep what was decided and what the data are, and say so: from here on the folder is this run's."""
     place = s.folder.path / records.FOLDER
-    _attempt(s, lambda: records.save(_run(s, resolved), place / records.RUN))
+    _attempt(s, lambda: records.save(_run(s, resolved, place / records.RUN), place / records.RUN))
     _attempt(s, lambda: records.save(_data(s), place / records.DATA))
     s.report(0, 0, {"phase": "keeping records", "kept": True})
 
@@ -61,16 +61,24 @@ def _asked(record: PreviewRecord) -> tuple[Any, ...]:
     return record.target, record.steps, record.cfg, cases
 
 
-def _run(s: Session, resolved: Resolved) -> RunRecord:
+def _run(s: Session, resolved: Resolved, file: Path) -> RunRecord:
+    """`file`: of the run that is resumed, if it is there. It knows the preset and where values came from; the
+    run's own config.toml, by which runs are resumed, does not."""
+    before = None
+    with contextlib.suppress(OSError, ValueError):
+        before = records.load(RunRecord, file)
+    known = {setting.key: setting for setting in before.settings} if before else {}
+    settings = [Setting(key=row.key, value=row.value, origin=row.origin) for row in resolved.describe()]
+    same = {new.key for new in settings if new.key in known and known[new.key].value == new.value}
     hashes = {**s.frozen, "the configuration": content_hash({"config": resolved.to_toml()})}
     pictures = {entry.picture.sample_id: entry.picture.content_hash for entry in s.dataset.entries}
     return RunRecord(
-        preset=resolved.preset_path.name,
+        preset=before.preset if before else resolved.preset_path.name,
         family=s.family.name,
         steps=s.total,
         started=s.folder.config.stat().st_mtime,
         samples=len(s.dataset),
-        settings=[Setting(key=r.key, value=r.value, origin=r.origin) for r in resolved.describe()],
+        settings=[known[new.key] if new.key in same else new for new in settings],
         versions=_versions(),
         machine=_machine(s),
         hashes=hashes | {f"the {len(pictures)} pictures": content_hash(pictures)},

@@ -285,14 +285,26 @@ def test_an_interrupted_run_has_a_page(
         return line(number, *rest)
 
     monkeypatch.setattr(trainer, "_line", interrupt)
-    ended = spf_kit("train", "glasses", "--data", hostile, "--output", "r", *SHORT)
+    ended = spf_kit("train", "glasses", "--data", hostile, "--output", "r", *SHORT, "--steps", "5")
     assert ended.code == 130
     assert "report: r/report.html" in ended.err
     found = parsed(tmp_path / "r/report.html")
-    for words in ("step 4 of 4" if gather(tmp_path / "r").done == 4 else "step 3 of 4", "Not measured yet",
-                  "--output r --resume", "base, asked", "best so far"):  # fmt: skip
+    for words in (
+        "step 4 of 5: not finished", "Not measured yet", "--output r --resume", "base, asked", "best so far",
+    ):  # fmt: skip
         assert words in found.words, words
     assert "Reload" not in found.words
+    monkeypatch.setattr(trainer, "_line", line)
+    resumed = spf_kit("train", "r/config.toml", "--output", "r", "--resume")
+    assert resumed.code == 0, resumed.err
+    read = gather(tmp_path / "r")
+    assert read.finished
+    assert not read.stale
+    assert read.run is not None
+    assert read.run.preset == "glasses.toml"  # and so the naive figures
+    origins = {setting.key: setting.origin for setting in read.run.settings}
+    assert origins["preview.every"] == "--set preview.every=2"
+    assert "naive LoRA" in parsed(tmp_path / "r/report.html").words
 
 
 def test_whatever_is_missing_or_cut_is_left_out(copy: Path) -> None:

@@ -372,6 +372,18 @@ def test_strange_lines_of_metrics(copy: Path, line: str) -> None:
     assert [step for step, _ in found] == [1, 2, 3, 4]
 
 
+def test_commands_can_be_pasted(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shlex
+
+    monkeypatch.chdir(copy)
+    read = gather(Path("."))
+    again = ["spf-kit", "train", "config.toml", "--output", str(copy.resolve().parent / "run-again")]
+    assert shlex.split(page.repeat(read)) == again
+    assert read.run is not None
+    read.run.plugins.append("my own.py")
+    assert shlex.split(page.repeat(read)) == [*again, "--plugin", "my own.py"]
+
+
 @pytest.mark.parametrize(
     ("folder", "config"), [("nowhere", None), ("empty", ""), ("foreign", "[project]\nname = 1\n")]
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,10 +64,7 @@ def context(run: RunFiles, *, watching: bool, scale: float = 1.0) -> dict[str, A
         "no_drift": "" if drift or not run.steps else curves.NO_DRIFT,
         "data": _data(run, int(THUMBNAILS * scale)),
         "command": repeat(run),
-        "resume": shlex.join(
-            ["spf-kit", "train", str(run.folder / "config.toml"), "--output", str(run.folder), "--resume"]
-        )
-        + _plugins(run),
+        "resume": _train(run, run.folder, "--resume"),
         "facts": facts(run),
         "settings": settings(run),
     }
@@ -82,22 +81,26 @@ def state(run: RunFiles, *, watching: bool = False) -> str:
 
 def repeat(run: RunFiles) -> str:
     """The effective configuration, trained again into a folder of its own."""
-    again = run.folder.with_name(f"{run.folder.name}-again")
-    command = ["spf-kit", "train", str(run.folder / "config.toml"), "--output", str(again)]
-    return shlex.join(command) + _plugins(run)
+    folder = run.folder if run.folder.name not in ("", "..") else run.folder.resolve()
+    return _train(run, folder.with_name(f"{folder.name}-again"))
 
 
-def _plugins(run: RunFiles) -> str:
-    files = run.run.plugins if run.run else []
-    return "".join(f" --plugin {shlex.quote(file)}" for file in files)
+def _train(run: RunFiles, output: Path, *more: str) -> str:
+    """A command that trains what the run trained."""
+    plugins = [part for file in (run.run.plugins if run.run else []) for part in ("--plugin", file)]
+    return _command("train", str(run.folder / "config.toml"), "--output", str(output), *more, *plugins)
+
+
+def _command(*parts: str) -> str:
+    """A command line as this system's shell reads it."""
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join(["spf-kit", *parts])
 
 
 def _unmeasured(run: RunFiles) -> str:
     if not run.finished:
         return "The figures come after the last step; until then the newest preview stands below."
-    if run.lora is None:
-        return ""
-    return f"Measure the LoRA with: spf-kit evaluate {shlex.quote(str(run.lora))}"
+    return f"Measure the LoRA with: {_command('evaluate', str(run.lora))}"
 
 
 # --- strengths ----------------------------------------------------------------------------------------------
@@ -105,7 +108,7 @@ def _unmeasured(run: RunFiles) -> str:
 
 def strips(run: RunFiles, budget: int) -> list[dict[str, Any]]:
     """The rows of strengths that have a picture for each."""
-    if run.strengths is None:
+    if run.strengths is None or not budget:
         return []
     names = [f"{strength:g}" for strength in run.strengths.strengths]
     rows = [row for row in run.strengths.rows if len(row.pictures) == len(names)]

@@ -229,8 +229,12 @@ def _record(kind: type[Record], file: Path, damaged: list[str]) -> Record | None
 
 
 def _evaluation(file: Path, damaged: list[str]) -> Mapping[str, Any] | None:
+    """evaluation.json with the one LoRA that a run measures."""
     found = _record(_Evaluation, file, damaged)
-    return found.model_dump(mode="json") if found else None
+    if found is None:
+        return None
+    name, row = next(iter(found.loras.items()))
+    return found.model_copy(update={"loras": {name: row}}).model_dump(mode="json")
 
 
 def _metrics(file: Path) -> Iterator[dict[str, Any]]:

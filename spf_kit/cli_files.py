@@ -76,4 +76,20 @@ def extract(
         console.finish(told)
 
 
-COMMANDS = (convert, resize, extract)
+def report(
+    run: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File (default: RUN/report.html, of several comparison.html)."),
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write a run's page anew, or compare several runs on one."""
+    with command(json) as console:
+        from spf_kit import workflow
+
+        workflow.report(run, output=output, overwrite=overwrite, console=console)
+
+
+COMMANDS = (convert, resize, extract, report)

@@ -91,6 +91,8 @@ class Console:
                 for sentence in values.get("notes", ()):
                     self.say(sentence)
                 phase = str(values.get("phase", "training"))
+                if phase == "keeping records":  # in no time, and between the steps
+                    return
                 if phase not in tasks:
                     tasks[phase] = progress.add_task(phase, total=total, text="")
                 progress.update(tasks[phase], completed=done, total=total, text=_training_words(values))

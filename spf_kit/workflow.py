@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from spf_kit.config import Resolved
     from spf_kit.console import Console
     from spf_kit.families.base import Family
+    from spf_kit.report.watch import Watch
     from spf_kit.training.trainer import TrainResult
 
 
@@ -56,13 +58,27 @@ def _own_base(metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def train(resolved: Resolved, run: Path, *, resume: bool, console: Console) -> None:
-    """Train, measure what was trained, draw the contact sheet, and tell."""
-    from spf_kit.training import trainer
+    """Train, measure what was trained, draw the contact sheet, and tell. The page is written meanwhile, and
+    however it ends."""
+    from spf_kit.report.watch import Watch
 
     for warning in resolved.warnings:
         console.warn(warning)
+    watch = Watch(run, console.warn)
+    try:
+        printed = _train(resolved, run, watch, resume=resume, console=console)
+    finally:
+        page = watch.finish()
+        if page:
+            console.say(f"report: {page}")
+    console.finish(printed | {"report": str(page) if page else None})
+
+
+def _train(resolved: Resolved, run: Path, watch: Watch, *, resume: bool, console: Console) -> dict[str, Any]:
+    from spf_kit.training import trainer
+
     with console.training() as report:
-        result = trainer.train(resolved, run, resume=resume, report=report)
+        result = trainer.train(resolved, run, resume=resume, report=watch.over(report))
     console.say(f"LoRA: {result.lora}")
     printed: dict[str, Any] = {"lora": str(result.lora), "run": str(result.run), "steps": result.steps}
     if chosen := result.selected:
@@ -70,29 +86,32 @@ def train(resolved: Resolved, run: Path, *, resume: bool, console: Console) -> N
         (console.say if chosen.within else console.warn)(chosen.sentence())
     if resolved.config.evaluate.enabled:
         try:
-            printed["evaluation"] = _measure_run(resolved, result, console)
+            printed["evaluation"] = _measure_run(resolved, result, watch, console)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"the LoRA is saved as {str(result.lora)!r}; measure it with: spf-kit evaluate {result.lora}"
             ) from None
-    console.finish(printed)
+    return printed
 
 
-def _measure_run(resolved: Resolved, result: TrainResult, console: Console) -> dict[str, Any]:
+def _measure_run(resolved: Resolved, result: TrainResult, watch: Watch, console: Console) -> dict[str, Any]:
     """Evaluate the file that was written, not the weights in memory: what is shared is what is measured."""
     from spf_kit.adapters import files
     from spf_kit.files import atomic
     from spf_kit.measure import evaluate as measuring
     from spf_kit.measure.rows import summary
     from spf_kit.measure.table import contact_sheet, render, shipped_figures
+    from spf_kit.report import proof
+    from spf_kit.training import records
 
     config = resolved.config
     result.handle.remove()
     result.earlier.remove()  # the evaluation puts them on again, from their files
-    with console.bar("evaluating") as progress:
+    name = str(result.lora)
+    with console.bar("evaluating") as progress, watch.part("evaluating"):
         evaluation = measuring.measure(
             result.family,
-            {str(result.lora): result.lora},
+            {name: result.lora},
             config.evaluate,
             config.attribute,
             clip=config.clip.model,
@@ -104,7 +123,11 @@ def _measure_run(resolved: Resolved, result: TrainResult, console: Console) -> d
         )
     with atomic(result.run / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(evaluation.data, indent=1), encoding="utf-8")
-    row = evaluation.data["loras"][str(result.lora)]
+    watch.keep(records.PROOF, lambda: proof.proof(evaluation, name))
+    with console.bar("drawing strengths") as progress, watch.part("drawing strengths"):
+        make = functools.partial(proof.strengths, resolved, result.family, result.lora, evaluation, name)
+        watch.keep(records.STRENGTHS, lambda: make(progress))
+    row = evaluation.data["loras"][name]
     lora = files.read(result.lora)
     lora.metadata["spf_kit.measured"] = json.dumps(summary(row))
     files.write(lora, result.lora, config.output.format, config.output.dtype)
@@ -273,6 +296,23 @@ def _common_target(metadata: dict[str, dict[str, str]]) -> str:
         return phrase
     named = "; ".join(f"{name}: {phrase or 'none'}" for name, phrase in found.items())
     raise UserError(f"the LoRAs do not name one common trigger phrase ({named}); give it with --target")
+
+
+# --- report -----------------------------------------------------------------------------------------------
+
+
+def report(runs: Sequence[Path], *, output: Path | None, overwrite: bool, console: Console) -> None:
+    """Write one run's page anew, or one about several runs."""
+    from spf_kit import report as reporting
+
+    if len(runs) > 1:
+        file = reporting.compare(runs, output or Path("comparison.html"), overwrite=overwrite)
+    else:
+        if output is not None:
+            reporting.refuse_existing(output, overwrite)
+        file = reporting.rebuild(runs[0], output)
+    console.show(f"report: {file}")
+    console.finish({"report": str(file), "bytes": file.stat().st_size})
 
 
 # --- share ------------------------------------------------------------------------------------------------

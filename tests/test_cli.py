@@ -50,6 +50,7 @@ def test_help_lists_the_commands_and_imports_no_torch(spf_kit) -> None:
         "resize",
         "extract",
         "evaluate",
+        "report",
         "inspect",
         "presets",
         "losses",

@@ -54,6 +54,8 @@ def test_the_wheel_holds_presets_base_and_samples(wheel: Path) -> None:
     for wanted in (
         "spf_kit/presets/glasses.toml",
         "spf_kit/presets/recipes/naive.toml",
+        "spf_kit/report/template/run.html",
+        "spf_kit/report/template/page.css",
         "spf_kit/presets/bases/embedded.toml",
         "spf_kit/plugins/denoising.py",
         "spf_kit/embedded/base/model_index.json",

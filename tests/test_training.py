@@ -351,7 +351,8 @@ def test_a_run_leaves_what_it_promises(resolve: Callable[..., Resolved], tmp_pat
     assert signal.getsignal(signal.SIGINT) is before[1]
 
     assert sorted(p.name for p in place.iterdir()) == [
-        "checkpoints", "config.toml", "glasses.safetensors", "metrics.jsonl", "samples", "tensorboard",
+        "checkpoints", "config.toml", "glasses.safetensors", "metrics.jsonl", "report", "samples",
+        "tensorboard",
     ]  # fmt: skip
     assert checkpoint.steps(place / "checkpoints") == [3, 4]
     assert sorted(p.name for p in (place / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]

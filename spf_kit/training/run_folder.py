@@ -23,7 +23,7 @@ FREE = (
 
 
 class RunFolder:
-    """`runs/<name>`: config.toml, metrics.jsonl, samples/, checkpoints/, the LoRA."""
+    """`runs/<name>`: config.toml, metrics.jsonl, samples/, checkpoints/, report/, the LoRA."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from spf_kit.errors import TrainingDiverged
 from spf_kit.schema import Train
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from spf_kit.training.drift import Probe
     from spf_kit.training.update import Updater
 

@@ -160,7 +160,7 @@ def open_session(
     total = steps(config, dataset, processes.num_processes)
     opened = Session(
         config, folder, processes, family, handle, model, dataset, prior_data, plugins,
-        _updater(config, handle, total, processes), _preview(config, model, dataset, plugins),
+        _updater(config, handle, total, processes), _preview(config, model, dataset, plugins, report),
         total, threads, report, earlier, frozen, Walks(family.noise),
     )  # fmt: skip
     opened.selection = _selection(opened)
@@ -171,9 +171,23 @@ def phase(report: Report, name: str) -> Callable[[int, int, str], None]:
     return lambda done, total, text: report(done, total, {"phase": name, "text": text})
 
 
-def _preview(config: Config, model: Model, dataset: Dataset, plugins: Sequence[Plugin]) -> Preview:
+def warn(report: Report) -> Callable[[str], None]:
+    """Tells the user a sentence, each one once."""
+    told: set[str] = set()
+
+    def tell(sentence: str) -> None:
+        if sentence not in told:
+            told.add(sentence)
+            report(0, 0, {"phase": "keeping records", "warnings": [sentence]})
+
+    return tell
+
+
+def _preview(
+    config: Config, model: Model, dataset: Dataset, plugins: Sequence[Plugin], report: Report
+) -> Preview:
     masks = [plugin for plugin in plugins if isinstance(plugin, Mask)]
-    return Preview(config, model, config.preview.prompts or base_prompts(dataset), masks)
+    return Preview(config, model, config.preview.prompts or base_prompts(dataset), masks, warn(report))
 
 
 def steps(config: Config, dataset: Dataset, processes: int) -> int:

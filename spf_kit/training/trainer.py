@@ -18,7 +18,7 @@ from spf_kit.data.random import key_seed
 from spf_kit.discovery import files_of
 from spf_kit.errors import Interrupted
 from spf_kit.files import content_hash
-from spf_kit.training import checkpoint, resuming, session, tools
+from spf_kit.training import checkpoint, keeping, resuming, session, tools
 from spf_kit.training.divergence import Numbers, check_finite
 from spf_kit.training.dry_run import Checked, check
 from spf_kit.training.logs import Metrics, Pace, Report
@@ -85,7 +85,7 @@ def train(
             start = resuming.restore(s, saved) if saved else 0
             if processes.is_main_process:
                 folder.claim(resolved)  # what may change, only once nothing refuses it any more
-        _loop(s, start, how_to_resume)
+        _loop(s, resolved, start, how_to_resume)
         lora = _finish(s, resolved, started)
     captions = session.base_prompts(s.dataset)
     return TrainResult(
@@ -94,9 +94,11 @@ def train(
     )  # fmt: skip
 
 
-def _loop(s: Session, start: int, how_to_resume: str) -> None:
+def _loop(s: Session, resolved: Resolved, start: int, how_to_resume: str) -> None:
     every, pace, stop = s.config.train.checkpoint_every, Pace(), Stop()
     with stop.listening(), _at_once(s, how_to_resume), _metrics(s, start) as metrics:
+        if metrics:
+            keeping.begin(s, resolved)
         for number in range(start + 1, s.total + 1):
             # dropout of this step does not depend on what was drawn before it
             torch.manual_seed(key_seed(s.config.train.seed, "torch", number, s.accelerator.process_index))
@@ -200,9 +202,10 @@ def _preview(s: Session, number: int, metrics: Metrics | None, stop: Stop) -> No
         tell(done, total, text)
 
     with s.updater.averaged(), contextlib.suppress(_PreviewStopped):
-        _, pixels = s.preview.draw(s.folder.samples, number, progress)
+        drawn = s.preview.draw(s.folder.samples, number, progress)
         if metrics:
-            metrics.picture("samples", pixels, number)
+            metrics.picture("samples", drawn.pixels, number)
+        keeping.preview(s, drawn.record, progress)
 
 
 def _finish(s: Session, resolved: Resolved, started: float) -> Path:

@@ -58,19 +58,25 @@ def test_masks_alone_are_those_of_a_step(model: Model) -> None:
 
 
 def test_a_preview_shows_masks_and_phrases_and_leaves_the_averages_alone(model: Model) -> None:
-    resolved = config.load("glasses", sets=["preview.phrases=true"])
+    resolved = config.load("glasses")
     mask = SHIPPED["control_map"](ema=0.5, id="where")
     mask.load_state_dict({"averages": {"00.png": torch.ones(16, 16)}})
     pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     captions = [derive("a portrait, red afro, smiling", TARGET), derive("a portrait", TARGET)]
-    found = overlays.overlays(model, [mask], resolved.config, pictures, captions, [1, 2])
+
+    def draw() -> dict[str, torch.Tensor]:
+        view = overlays.scene(model, resolved.config, pictures, captions, [1, 2])
+        maps = overlays.of_masks(view, overlays.drawable([mask])) + overlays.of_phrases(view)
+        return {shown.label: overlays.lit(pictures, shown.values) for shown in maps}
+
+    found = draw()
     names = [f"attention to phrase {n}" for n in (1, 2, 3)]
     assert list(found) == ["where", *names]
     dark = pictures[1] * 0.35
     torch.testing.assert_close(found[names[1]][1], dark)  # the second caption has no second phrase
     assert float((found[names[0]][1] - dark).max()) > 0.2
     assert list(mask.state_dict()["averages"]) == ["00.png"]
-    again = overlays.overlays(model, [mask], resolved.config, pictures, captions, [1, 2])
+    again = draw()
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 

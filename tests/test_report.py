@@ -295,9 +295,13 @@ def test_an_interrupted_run_has_a_page(
         assert words in found.words, words
     assert "Reload" not in found.words
     monkeypatch.setattr(trainer, "_line", line)
+    ahead = records.preview_file(tmp_path / "r", 5)  # as of a run that was killed after its checkpoint
+    shutil.copy(records.preview_file(tmp_path / "r", 2), ahead)
     resumed = spf_kit("train", "r/config.toml", "--output", "r", "--resume")
     assert resumed.code == 0, resumed.err
+    assert not ahead.exists()
     read = gather(tmp_path / "r")
+    assert [kept.step for kept in read.previews] == [0, 2]  # none is drawn in the step that stops
     assert read.finished
     assert not read.stale
     assert read.run is not None
@@ -447,6 +451,44 @@ def test_the_base_beside_a_lora_without_effect_is_its_picture(pictures: Path, tm
         assert [m.picture for m in case.maps if m.label == "changed when not asked"] == [dark]
     second.cases[0].seed += 1
     assert not keeping._of_same(records.preview_file(tmp_path / "r", 0), second)
+
+
+def test_pictures_that_cannot_be_kept_change_nothing(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same LoRA without previews, with them, and where neither the base nor a record can be had."""
+    import torch
+
+    from spf_kit import config
+    from spf_kit.training import preview, trainer
+
+    def failing(*arguments: Any, **more: Any) -> str:
+        raise RuntimeError("no encoder")
+
+    weights, told = {}, []
+    for name, every, broken in (
+        ("none", 0, ()), ("all", 1, ()), ("no base", 1, ("of_base",)), ("no record", 1, ("_record",)),
+    ):  # fmt: skip
+        for method in broken:
+            monkeypatch.setattr(preview.Preview, method, failing)
+        sets = [
+            "train.steps=3", f"preview.every={every}", "preview.steps=2", "preview.count=1",
+            "train.threads=1", "train.batch_size=1", "train.log_tensorboard=false", "adapter.dropout=0.2",
+        ]  # fmt: skip
+        resolved = config.load("glasses", recipe="naive", data=str(pictures), sets=sets)
+        result = trainer.train(
+            resolved, tmp_path / name, report=lambda *a: told.extend(a[2].get("warnings", ()))
+        )
+        weights[name] = result.handle.state_dict()
+        result.handle.remove()
+        monkeypatch.undo()
+    for name in ("all", "no base", "no record"):
+        assert all(torch.equal(weights["none"][key], value) for key, value in weights[name].items()), name
+    assert [sentence for sentence in told if "no encoder" in sentence] == [
+        "the report's records could not be written: no encoder; the run goes on without"
+    ] * 2
+    steps = {name: [kept.step for kept in gather(tmp_path / name).previews] for name in weights}
+    assert steps == {"none": [], "all": [0, 1, 2, 3], "no base": [1, 2, 3], "no record": []}
 
 
 # --- several runs -----------------------------------------------------------------------------------------

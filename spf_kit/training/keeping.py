@@ -25,22 +25,39 @@ MOST_PICTURES = 120  # with a thumbnail
 WHAT = "the report's records could not be written"
 
 
-def begin(s: Session, resolved: Resolved) -> None:
-    """Keep what was decided and what the data are, and say so: from here on the folder is this run's."""
+def begin(s: Session, resolved: Resolved, start: int) -> None:
+    """Keep what was decided and what the data are, and say so: from here on the folder is this run's.
+
+    `start`: the step that the run goes on from; previews after it belong to a run that was cut off.
+    """
     place = s.folder.path / records.FOLDER
+    _attempt(s, lambda: _cut_back(place / records.PREVIEWS, start))
     _attempt(s, lambda: records.save(_run(s, resolved, place / records.RUN), place / records.RUN))
     _attempt(s, lambda: records.save(_data(s), place / records.DATA))
     s.report(0, 0, {"phase": "keeping records", "kept": True})
 
 
-def preview(s: Session, record: PreviewRecord, progress: Callable[[int, int, str], None]) -> None:
-    """Keep a preview; with the first one also what the base draws there. `progress` may raise to stop it."""
-    base = records.preview_file(s.folder.path, 0)
-    if not _of_same(base, record):
-        drawn = s.preview.base(progress)
-        _attempt(s, lambda: records.save(drawn, base))
-    _attempt(s, lambda: records.save(record, records.preview_file(s.folder.path, record.step)))
+def preview(s: Session, make: Callable[[], PreviewRecord], progress: Callable[[int, int, str], None]) -> None:
+    """Keep a preview; with the first one also what the base draws there.
+
+    `progress` may stop it by raising what is no `Exception`.
+    """
+
+    def keep() -> None:
+        record, base = make(), records.preview_file(s.folder.path, 0)
+        records.save(record, records.preview_file(s.folder.path, record.step))
+        if not _of_same(base, record):
+            records.save(s.preview.of_base(progress), base)
+
+    _attempt(s, keep)
     s.report(0, 0, {"phase": "keeping records", "kept": True})
+
+
+def _cut_back(previews: Path, start: int) -> None:
+    for file in previews.glob("step-*.json"):
+        number = file.stem.removeprefix("step-")
+        if number.isdecimal() and int(number) > start:
+            file.unlink()
 
 
 def _attempt(s: Session, act: Callable[[], None]) -> None:

@@ -138,22 +138,6 @@ def acting(
     ]
 
 
-def overlays(
-    model: Model, masks: Sequence[Mask], config: Config, pictures: Tensor, captions: Sequence[Caption],
-    seeds: Sequence[int],
-) -> dict[str, Tensor]:  # fmt: skip
-    """Label -> the pictures (N, 3, H, W) in [0, 1], lit where a mask is 1 and dark where it is 0.
-
-    With `preview.phrases` the base's attention to the first, second, ... phrase of each caption follows.
-    """
-    chosen = drawable(masks)
-    if not chosen:
-        return {}
-    view = scene(model, config, pictures, captions, seeds)
-    found = of_masks(view, chosen) + (of_phrases(view) if config.preview.phrases else [])
-    return {shown.label: lit(pictures, shown.values) for shown in found}
-
-
 def _spans(view: Scene) -> list[Spans]:
     return [view.model.spans(caption) for caption in view.captions] if view.model.spans else []
 

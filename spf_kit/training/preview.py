@@ -3,6 +3,7 @@ the masks of the run act on them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +28,12 @@ BATCH = 16
 
 
 class Drawn(NamedTuple):
-    """A preview: its file, that picture's pixels (H, W, 3) uint8, and its parts."""
+    """A preview: its file, that picture's pixels (H, W, 3) uint8, and its parts, encoded when they are asked
+    for: only the report wants them, and a run must not fail for want of an encoder."""
 
     path: Path
     pixels: Any
-    record: PreviewRecord
+    record: Callable[[], PreviewRecord]
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,10 @@ class Preview:
         path = folder / f"step-{step:06d}.png"
         with atomic(path) as temporary:
             picture.save(temporary)
-        record = self._record(step, drawn, masks + others)
+        record = functools.partial(self._record, step, drawn, masks + others)
         return Drawn(path, np.asarray(picture.convert("RGB")), record)
 
-    def base(self, progress: Progress) -> PreviewRecord:
+    def of_base(self, progress: Progress) -> PreviewRecord:
         """The same prompts and seeds with the adapter off: what the base model draws."""
         from spf_kit.sampling import to_pil
 

@@ -98,7 +98,7 @@ def _loop(s: Session, resolved: Resolved, start: int, how_to_resume: str) -> Non
     every, pace, stop = s.config.train.checkpoint_every, Pace(), Stop()
     with stop.listening(), _at_once(s, how_to_resume), _metrics(s, start) as metrics:
         if metrics:
-            keeping.begin(s, resolved)
+            keeping.begin(s, resolved, start)
         for number in range(start + 1, s.total + 1):
             # dropout of this step does not depend on what was drawn before it
             torch.manual_seed(key_seed(s.config.train.seed, "torch", number, s.accelerator.process_index))
@@ -186,8 +186,9 @@ def _at_once(s: Session, how_to_resume: str) -> Iterator[None]:
         raise Interrupted(f"stopped at once; go on from {place} with: {how_to_resume}") from None
 
 
-class _PreviewStopped(Exception):
-    """Ctrl-C while a preview is drawn: leave the preview, keep the run."""
+class _PreviewStopped(BaseException):
+    """Ctrl-C while a preview is drawn: leave the preview, keep the run. As a KeyboardInterrupt, nothing that
+    goes on after errors may hold it up."""
 
 
 def _preview(s: Session, number: int, metrics: Metrics | None, stop: Stop) -> None:

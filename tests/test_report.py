@@ -453,6 +453,49 @@ def test_the_base_beside_a_lora_without_effect_is_its_picture(pictures: Path, tm
     assert not keeping._of_same(records.preview_file(tmp_path / "r", 0), second)
 
 
+def test_ctrl_c_after_the_evaluation_leaves_its_figures(
+    spf_kit: Callable[..., Any], hostile: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from spf_kit.report import proof
+
+    def interrupted(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(proof, "strengths", interrupted)
+    ended = spf_kit(
+        "train",
+        "glasses",
+        "--data",
+        hostile,
+        "--output",
+        "r",
+        *SHORT,
+        "--steps",
+        "1",
+        "--set",
+        "preview.every=0",
+    )
+    assert ended.code == 130
+    assert "and measured; only pictures of its report are missing" in ended.err
+    read = gather(tmp_path / "r")
+    assert read.proof is not None
+    assert read.strengths is None
+    assert not read.stale
+    assert "response" in parsed(tmp_path / "r/report.html").words
+
+
+def test_a_record_that_cannot_be_made_leaves_none_of_an_earlier_end(copy: Path) -> None:
+    told: list[str] = []
+    seen = watch.Watch(copy, told.append)
+    broken = lambda: 1 / 0  # noqa: E731
+    seen.keep(records.PROOF, broken)  # type: ignore[arg-type]
+    assert gather(copy).proof is not None  # another process's
+    seen.over(lambda *values: None)(0, 0, {"phase": "keeping records", "kept": True})
+    seen.keep(records.PROOF, broken)  # type: ignore[arg-type]
+    assert gather(copy).proof is None
+    assert told == ["proof.json of the report could not be made: division by zero; the run goes on without"]
+
+
 def test_pictures_that_cannot_be_kept_change_nothing(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ Everything is read from run folders, so the page that a run writes while it goes
 `spf-kit report RUN` rebuilds come from the same functions.
 """
 
-from spf_kit.files import refuse_existing
 from spf_kit.report.build import PAGE, compare, rebuild
 
-__all__ = ["PAGE", "compare", "rebuild", "refuse_existing"]
+__all__ = ["PAGE", "compare", "rebuild"]

@@ -56,14 +56,25 @@ class Watch:
             self._clock.add(name, time.monotonic() - started)
 
     def keep(self, what: str, make: Callable[[], BaseModel]) -> None:
-        """Keep a record, by the name of its file."""
-        act = lambda: records.save(make(), self.folder / records.FOLDER / what)  # noqa: E731
+        """Keep a record, by the name of its file. One of an earlier end of the run does not outlive it.
+
+        Of several processes only the one whose trainer kept records does.
+        """
+        if not self._owned:
+            return
+        file = self.folder / records.FOLDER / what
+
+        def act() -> None:
+            file.unlink(missing_ok=True)
+            records.save(make(), file)
+
         records.attempt(f"{what} of the report could not be made", act, self._warn)
 
     def finish(self) -> Path | None:
         """The last refresh. Returns the page; None if there is none."""
         if self._owned:
-            self._write(watching=False)
+            with contextlib.suppress(KeyboardInterrupt):  # nobody has to wait for it: the run has ended
+                self._write(watching=False)
         return self.folder / PAGE if self._written else None
 
     def _write(self, *, watching: bool) -> None:

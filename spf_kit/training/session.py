@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.optim import Optimizer
 
 from spf_kit import families
 from spf_kit.adapters.earlier import Earlier
@@ -147,10 +148,10 @@ def open_session(
     if linear:
         report(1, 1, {"phase": "fitting the decoder", "notes": [linear.sentence]})
     handle = AdapterHandle.inject(family, config.adapter, seed=config.train.seed)
-    encode = _text(config, family, dataset, prior_data, report, keep=earlier.change_text)
+    encode = encoding(config, family, dataset, prior_data, report, keep=earlier.change_text)
     if not ("vae" in needs.decode or any(d.needs_image_encoder for d in (dataset, prior_data) if d)):
         family.free_encoders(["vae"])
-    _training_mode(config, family)
+    training_mode(config, family)
 
     model = Model(
         family, handle, encode, processes.autocast,
@@ -160,7 +161,7 @@ def open_session(
     total = steps(config, dataset, processes.num_processes)
     opened = Session(
         config, folder, processes, family, handle, model, dataset, prior_data, plugins,
-        _updater(config, handle, total, processes), _preview(config, model, dataset, plugins),
+        updater(config, handle, total, processes), _preview(config, model, dataset, plugins),
         total, threads, report, earlier, frozen, Walks(family.noise),
     )  # fmt: skip
     opened.selection = _selection(opened)
@@ -209,7 +210,7 @@ def _prior(
     return prior.prepare(config, family, place, phase(report, "reading prior pictures"))
 
 
-def _text(
+def encoding(
     config: Config,
     family: Family,
     dataset: Dataset,
@@ -239,7 +240,7 @@ def trains_text(config: Config) -> bool:
     return "text-encoder" in config.adapter.targets
 
 
-def _training_mode(config: Config, family: Family) -> None:
+def training_mode(config: Config, family: Family) -> None:
     """Dropout of the adapter and gradient checkpointing act in train mode only."""
     family.unet.train()
     encoders = family.text_encoders().values() if trains_text(config) else ()
@@ -268,11 +269,19 @@ def _text_checkpointing(text_encoder: Any, what: str, *arguments: Any) -> None:
     getattr(text_encoder, f"activation_checkpointing_{what}", getattr(text_encoder, old))(*arguments)
 
 
-def _updater(config: Config, handle: AdapterHandle, total: int, processes: Accelerator) -> Updater:
+def updater(
+    config: Config,
+    handle: AdapterHandle,
+    total: int,
+    processes: Accelerator,
+    *,
+    build: Callable[[Train, Mapping[str, Any]], Optimizer] = optimizers.build,
+) -> Updater:
+    """The configured updates of an adapter over `total` steps; `build` makes the optimizer."""
     train = config.train
     parameters: Mapping[str, Any] = handle.groups(train.learning_rates)
     return Updater(
-        optimizers.build(train, parameters),
+        build(train, parameters),
         optimizers.Schedule.of(train, total, list(parameters)),
         processes,
         max_grad_norm=train.max_grad_norm,

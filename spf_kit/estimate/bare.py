@@ -1,0 +1,54 @@
+"""Tensors without values in the place of weights, and the modes in which code runs on them.
+
+They are torch's FakeTensors: tensors on the meta device that say they are elsewhere, so that code that moves
+them between host and device runs as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from spf_kit.measure.tracker import Tracker
+
+READ = torch.ops.aten._local_scalar_dense.default
+
+
+class BareTracker(Tracker):
+    """Follows tensors without values, and answers where a step reads one (`item`, `tolist`): 1, or True.
+
+    So whatever a loss does for some of the samples it does for all, which is the most that it can need.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is READ and isinstance(args[0], FakeTensor):
+            kind = args[0].dtype
+            return True if kind == torch.bool else 1.0 if kind.is_floating_point else 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def fill(module: nn.Module, made: Callable[..., torch.Tensor] = torch.empty) -> None:
+    """Put tensors in the place of a module's parameters and buffers, on the CPU; shared ones stay shared."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in memo:
+                    new = made(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    parameter = isinstance(tensor, nn.Parameter)
+                    memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if parameter else new
+                held[name] = memo[id(tensor)]
+
+
+@contextlib.contextmanager
+def valueless() -> Iterator[None]:
+    """Within the block, tensors that are made have no values."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield

@@ -8,8 +8,9 @@ Shapes: B samples, H heads, Q queries, K keys, d features of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,21 +18,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 GRANULE = 512  # bytes: torch's allocator on CUDA hands out multiples
 HALF = (torch.float16, torch.bfloat16)
 
 # What autocast computes in float32 on CUDA and leaves alone on the CPU, as far as models use it:
 # https://docs.pytorch.org/docs/stable/amp.html#cuda-ops-that-autocast-to-float32
-WIDENED = {
-    F.group_norm, F.layer_norm, F.softmax, F.log_softmax, F.mse_loss, F.cosine_similarity, F.softplus,
-    torch.group_norm, torch.layer_norm, torch.softmax, torch.log_softmax, torch.exp, torch.log, torch.pow,
-    torch.rsqrt, torch.reciprocal, torch.sum, torch.prod, torch.cumsum, torch.norm, torch.square,
-    torch.linalg.vector_norm, torch.linalg.norm,
-    Tensor.softmax, Tensor.log_softmax, Tensor.exp, Tensor.log, Tensor.pow, Tensor.__pow__, Tensor.rsqrt,
-    Tensor.reciprocal, Tensor.sum, Tensor.prod, Tensor.cumsum, Tensor.norm, Tensor.square,
-}  # fmt: skip
+WIDENED: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (F, ("group_norm", "layer_norm", "softmax", "log_softmax", "mse_loss", "cosine_similarity")),
+    (torch, ("softmax", "log_softmax", "exp", "pow", "rsqrt", "sum", "prod", "cumsum", "norm")),
+    (torch.linalg, ("norm", "vector_norm")),
+    (Tensor, ("softmax", "log_softmax", "exp", "pow", "rsqrt", "sum", "prod", "cumsum", "norm", "square")),
+)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -63,17 +61,32 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     return output
 
 
-class GpuMode(TorchFunctionMode):
-    """Within it, functions allocate as on a GPU. It acts on the level of Python, so that autograd, and what
-    gradient checkpointing computes again, go the same way."""
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Within it, these functions allocate as on a GPU.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return attention(*args, **kwargs)
-        if func in WIDENED and torch.is_autocast_enabled("cpu"):
+    They are replaced rather than watched by a mode of torch's: modes rest during a backward pass, in which
+    gradient checkpointing computes again.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
+        for owner, names in WIDENED:
+            for name in names:
+                stack.enter_context(mock.patch.object(owner, name, _wide(getattr(owner, name))))
+        stack.enter_context(_xformers())
+        yield
+
+
+def _wide(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under autocast, a function of float32 arguments."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):
             args, kwargs = _widened(args), {key: _widened(value) for key, value in kwargs.items()}
-        return func(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _widened(value: Any) -> Any:
@@ -83,7 +96,7 @@ def _widened(value: Any) -> Any:
 
 
 @contextmanager
-def xformers() -> Iterator[None]:
+def _xformers() -> Iterator[None]:
     """Diffusers' own xformers processor, without xformers: only the kernel is a stand-in.
 
     Its tensors are (B H, Q, d) copies of queries, keys and values, which the processor makes.

@@ -6,17 +6,17 @@ them between host and device runs as it is.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spf_kit.measure.tracker import Tracker
 
 READ = torch.ops.aten._local_scalar_dense.default
+DEVICE = torch.ops.prim.device.default
 
 
 class BareTracker(Tracker):
@@ -25,11 +25,21 @@ class BareTracker(Tracker):
     So whatever a loss does for some of the samples it does for all, which is the most that it can need.
     """
 
+    def __init__(self, mode: FakeTensorMode, granule: int = 1) -> None:
+        """`mode`: that the tensors were made in. Within this tracker it need not be entered."""
+        super().__init__(granule)
+        self.mode = mode
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is READ and isinstance(args[0], FakeTensor):
+        if func is DEVICE:  # two calls of three
+            return args[0].fake_device
+        if func is READ:
             kind = args[0].dtype
             return True if kind == torch.bool else 1.0 if kind.is_floating_point else 1
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def compute(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return self.mode.dispatch(func, types, args, kwargs)
 
 
 def fill(module: nn.Module, made: Callable[..., torch.Tensor] = torch.empty) -> None:
@@ -45,10 +55,3 @@ def fill(module: nn.Module, made: Callable[..., torch.Tensor] = torch.empty) -> 
                     parameter = isinstance(tensor, nn.Parameter)
                     memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if parameter else new
                 held[name] = memo[id(tensor)]
-
-
-@contextlib.contextmanager
-def valueless() -> Iterator[None]:
-    """Within the block, tensors that are made have no values."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield

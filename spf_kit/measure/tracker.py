@@ -19,8 +19,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+LITERAL = torch.ops.aten.lift_fresh.default  # of `torch.tensor(...)`: numbers of the host's
 
 
 @dataclass
@@ -86,7 +89,9 @@ class Tracker(TorchDispatchMode):
     # --- what torch says ----------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self.compute(func, types, args, kwargs or {})
+        if func is LITERAL:
+            return result
         new = [t for t in _tensors(result) if t.untyped_storage()._cdata not in self._blocks]
         if new:
             # what came in and is not followed was there before (inputs on the host); its views are not new
@@ -96,6 +101,10 @@ class Tracker(TorchDispatchMode):
                 if storage not in given and storage not in self._blocks:
                     self._allocate(tensor, self.current)
         return result
+
+    def compute(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """The operation itself."""
+        return func(*args, **kwargs)
 
     def _allocate(self, tensor: Tensor, part: str) -> None:
         storage = tensor.untyped_storage()

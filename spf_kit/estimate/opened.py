@@ -65,6 +65,8 @@ def opened(resolved: Resolved, largest: Size, *, on_gpu: bool) -> Iterator[Opene
     with mode, gpu.as_on_a_gpu() if on_gpu else contextlib.nullcontext():
         for module in [*family.modules(), *([clip.model] if clip else [])]:
             fill(module)
+        if clip:
+            clip.mean, clip.std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
         reading = _reading(config, family, BareTracker(mode, granule), largest)
         rehearsal = Rehearsal(
             config, plugins, family, handle, BareTracker(mode, granule),

@@ -144,13 +144,13 @@ class Rehearsal:
         self._settle()
         if train.gradient_accumulation > 1:
             self._empty_gradients()
-        batch, prior = self._batch(size), self._prior(progress)
+        batch, prior, path = self._batch(size), self._prior(progress), _path(train.batch_size)
         tracker.reset_peak()
         with tracker:
             outcome = run_step(
-                self.model, self._noised(batch), batch.captions, batch.sample_ids, self.plugins,
+                self.model, self._noised(batch, path), batch.captions, batch.sample_ids, self.plugins,
                 number=2, progress=progress, walks=Walks(self.family.noise),
-                prior=None if prior is None else (self._noised(prior), prior),
+                prior=None if prior is None else (self._noised(prior, path), prior),
             )  # fmt: skip
             self.updater.backward(outcome.loss)
             with tracker.part(GRADIENTS):
@@ -193,12 +193,10 @@ class Rehearsal:
             torch.tensor([[height, width, 0, 0, height, width]] * count),
         )  # fmt: skip
 
-    def _noised(self, batch: Batch) -> Noised:
-        """At a timestep at which every loss acts; the paths are spread evenly, the first sample is asked."""
+    def _noised(self, batch: Batch, path: Tensor) -> Noised:
+        """At a timestep at which every loss acts."""
         shape = batch.mean.shape
         offset, uniform = torch.zeros(len(batch), shape[1], 1, 1), torch.full((len(batch),), 0.1)
-        with unset_fake_temporarily():  # the step reads these, on the host
-            path = 0.999 - torch.arange(len(batch)) / len(batch)
         draws = Draws(torch.zeros(shape), torch.zeros(shape), offset, uniform, path)
         return noised(self.family.noise, batch, draws, self.config.train.noise_offset, self.family.device)
 
@@ -255,6 +253,13 @@ class _Texts:
 
     def texts(self) -> set[str] | None:
         return None if self.shuffled else {"", self.caption.base, self.caption.full}
+
+
+def _path(count: int) -> Tensor:
+    """(B,) in [0, 1), evenly spread, the first sample asked. The step reads these on the host, so that they
+    have values whatever the others have."""
+    with unset_fake_temporarily():
+        return 0.999 - torch.arange(count) / count
 
 
 def changes_text(config: Config) -> bool:

@@ -17,6 +17,11 @@ from spf_kit.measure.tracker import Tracker
 
 READ = torch.ops.aten._local_scalar_dense.default
 DEVICE = torch.ops.prim.device.default
+COPY = torch.ops.aten._to_copy.default
+NORMS = {  # and where their weights stand among the arguments
+    torch.ops.aten.native_group_norm.default: 1,
+    torch.ops.aten.native_layer_norm.default: 2,
+}
 
 
 class BareTracker(Tracker):
@@ -39,7 +44,12 @@ class BareTracker(Tracker):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def compute(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return self.mode.dispatch(func, types, args, kwargs)
+        result = self.mode.dispatch(func, types, args, kwargs)
+        weight = args[NORMS[func]] if func in NORMS else None
+        if weight is not None and weight.dtype == torch.float32 != args[0].dtype:
+            # kernels keep the statistics as wide as the weights, torch's shapes without values do not
+            return result[0], *(self.mode.dispatch(COPY, (), (t,), {"dtype": weight.dtype}) for t in result[1:])
+        return result
 
 
 def fill(module: nn.Module, made: Callable[..., torch.Tensor] = torch.empty) -> None:

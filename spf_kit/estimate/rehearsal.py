@@ -166,6 +166,17 @@ class Rehearsal:
             found.setdefault(tuple(p.id for p in stages.active(self.plugins, moment)), moment)
         return [moment for acting, moment in found.items() if acting]
 
+    def demanding(self) -> list[float]:
+        """Those of the moments that can need most: without those whose plugins all act at another one too."""
+        acting = {
+            moment: {plugin.name for plugin in stages.active(self.plugins, moment)} for moment in self.moments()
+        }
+        found: list[float] = []
+        for moment, names in sorted(acting.items(), key=lambda item: -len(item[1])):
+            if not any(names <= acting[other] for other in found):
+                found.append(moment)
+        return found
+
     def _settle(self) -> None:
         """An optimizer makes its state in the first step and keeps it."""
         if not self.updater.optimizer.state:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
@@ -70,7 +67,11 @@ CASES: dict[str, list[str]] = {
     "spf": [],
     "spf, all layers": ['loss.text_consistency.layers=["all"]', "train.batch_size=3"],
     "spf-paper": ["--recipe spf-paper"],
-    "paper with the VAE": ["--recipe spf-paper", "loss.response_enhancement.decoder=vae", "train.batch_size=1"],
+    "paper with the VAE": [
+        "--recipe spf-paper",
+        "loss.response_enhancement.decoder=vae",
+        "train.batch_size=1",
+    ],
     "prior-preservation": ["--recipe prior-preservation"],
     "output-preservation": ["--recipe output-preservation"],
     "inverted-mask": ["--recipe inverted-mask"],

@@ -48,7 +48,9 @@ class BareTracker(Tracker):
         weight = args[NORMS[func]] if func in NORMS else None
         if weight is not None and weight.dtype == torch.float32 != args[0].dtype:
             # kernels keep the statistics as wide as the weights, torch's shapes without values do not
-            return result[0], *(self.mode.dispatch(COPY, (), (t,), {"dtype": weight.dtype}) for t in result[1:])
+            return result[0], *(
+                self.mode.dispatch(COPY, (), (t,), {"dtype": weight.dtype}) for t in result[1:]
+            )
         return result
 
 

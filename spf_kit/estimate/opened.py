@@ -16,7 +16,7 @@ from spf_kit.adapters.earlier import Earlier
 from spf_kit.adapters.inject import AdapterHandle
 from spf_kit.estimate import gpu
 from spf_kit.estimate.bare import BareTracker, fill
-from spf_kit.estimate.rehearsal import ACTIVATIONS, CAPTION, WEIGHTS, Rehearsal, Size
+from spf_kit.estimate.rehearsal import CAPTION, WEIGHTS, Rehearsal, Size
 from spf_kit.measure.tracker import Peak
 from spf_kit.training import session, stages, tools
 from spf_kit.training.text import BATCH
@@ -24,7 +24,6 @@ from spf_kit.training.text import BATCH
 if TYPE_CHECKING:
     from spf_kit.config import Resolved
     from spf_kit.families.base import Family
-    from spf_kit.losses import Plugin
     from spf_kit.schema import Config, Train
 
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -67,7 +66,7 @@ def opened(resolved: Resolved, largest: Size, *, on_gpu: bool) -> Iterator[Opene
             fill(module)
         if clip:
             clip.mean, clip.std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
-        reading = _reading(config, family, BareTracker(mode, granule), largest)
+        reading = _reading(config, family, lambda: BareTracker(mode, granule), largest)
         rehearsal = Rehearsal(
             config, plugins, family, handle, BareTracker(mode, granule),
             clip=clip, autocast=autocast(config.train), valued=False,
@@ -93,16 +92,21 @@ def _family(config: Config) -> Family:
 
 
 @torch.no_grad()
-def _reading(config: Config, family: Family, tracker: BareTracker, largest: Size) -> Peak:
-    """Pictures go through the VAE one by one, captions through the text encoders by the batch."""
-    for module in family.modules():
-        tracker.hold(_tensors(module), WEIGHTS)
+def _reading(config: Config, family: Family, make: Callable[[], BareTracker], largest: Size) -> Peak:
+    """Pictures go through the VAE one by one, on a GPU while the UNet rests; captions through the text
+    encoders by the batch, with everything loaded."""
     height, width = (side * family.latent_factor for side in largest)
+    pictures, captions = make(), make()
+    for module in family.modules():
+        captions.hold(_tensors(module), WEIGHTS)
+        if module is not family.unet:
+            pictures.hold(_tensors(module), WEIGHTS)
     pixels = torch.zeros(1, 3, height, width)
-    with tracker, tracker.part(ACTIVATIONS):
+    with pictures:
         family.encode_image(pixels)
+    with captions:
         family.encode_text([CAPTION] * BATCH, clip_skip=config.base.clip_skip, chunks=config.data.chunks)
-    return tracker.peak
+    return max(pictures.peak, captions.peak, key=lambda peak: peak.total)
 
 
 def _tensors(module: nn.Module) -> Sequence[torch.Tensor]:

@@ -169,7 +169,8 @@ class Rehearsal:
     def demanding(self) -> list[float]:
         """Those of the moments that can need most: without those whose plugins all act at another one too."""
         acting = {
-            moment: {plugin.name for plugin in stages.active(self.plugins, moment)} for moment in self.moments()
+            moment: {plugin.name for plugin in stages.active(self.plugins, moment)}
+            for moment in self.moments()
         }
         found: list[float] = []
         for moment, names in sorted(acting.items(), key=lambda item: -len(item[1])):

@@ -23,8 +23,8 @@ BARE = ("sd15", "sd2", "sdxl")  # names of architectures: a model without weight
 def detect(model: str) -> str:
     """The family's name, "sd15", "sd2", "sdxl" or "embedded": from configs and headers, without a tensor.
 
-    `model` is "embedded", a .safetensors file, a diffusers folder, the name of an architecture, or a hub id if
-    no such path exists.
+    `model` is "embedded", a .safetensors file, a diffusers folder, an architecture's name, or a hub id if no
+    such path exists.
     Raises UserError, one sentence, for what is not there, not a base model, or not supported.
     """
     if model == EMBEDDED or model in BARE:

@@ -131,11 +131,12 @@ def open_session(
         **{f"the earlier LoRA {str(entry.path)!r}": entry.sha256 for entry in earlier.entries},
     }
 
-    dataset = Dataset.prepare(
-        config.data, config.attribute.target, family,
-        clip_skip=config.base.clip_skip, progress=phase(report, "reading pictures"),
-        masks=stages.union(plugins).picture_masks,
-    )  # fmt: skip
+    with machine.resting(family.unet, processes.device):
+        dataset = Dataset.prepare(
+            config.data, config.attribute.target, family,
+            clip_skip=config.base.clip_skip, progress=phase(report, "reading pictures"),
+            masks=stages.union(plugins).picture_masks,
+        )  # fmt: skip
     warnings = [*dataset.report.lines(), *optimizers.advice(config.train), *idle]
     report(len(dataset), len(dataset), {"phase": "reading pictures", "warnings": warnings})
     if processes.is_main_process and not folder.config.is_file():

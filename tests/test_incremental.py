@@ -351,7 +351,7 @@ def test_only_an_encoder_that_the_first_changes_is_kept(
 
 def test_the_estimate_counts_the_first(resolve: Callable[..., Resolved], base: Family, first: Path) -> None:
     def weights(*on: Path) -> int:
-        return estimate(resolve(on=on), on_gpu=False).step.parts["weights"]
+        return estimate(resolve(on=tuple(map(str, on))), on_gpu=False).step.parts["weights"]
 
     count = sum(value.numel() for key, value in load_file(first).items() if not key.endswith(".alpha"))
     base.reload_encoders()

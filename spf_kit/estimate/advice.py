@@ -53,7 +53,7 @@ def cheapest(
 
 
 def candidates(resolved: Resolved) -> Iterator[Change]:
-    """Changes that save memory, what costs a user least first: nothing but digits that nobody sees, then time,
+    """Changes that save memory, what costs a user least first: nothing or digits that nobody sees, then time,
     then what the losses look at, then the pictures' size."""
     config, plugins = resolved.config, resolved.plugins
     train, base, data = config.train, config.base, config.data

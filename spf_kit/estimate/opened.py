@@ -1,4 +1,4 @@
-"""A preset opened for rehearsal without weights: every module, the adapter and the CLIP pair hold no values."""
+"""A preset opened for rehearsal without weights: modules, adapter and CLIP pair hold no values."""
 
 from __future__ import annotations
 

@@ -120,8 +120,7 @@ def train(
             workflow.train(resolved, run, resume=resume, console=console)
 
 
-for _function in cli_estimate.COMMANDS:
-    app.command()(_function)
+app.command()(cli_estimate.estimate)
 
 
 @app.command()

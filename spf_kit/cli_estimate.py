@@ -40,6 +40,3 @@ def estimate(
             plugin_files=plugin,
         )
         report.run(resolved, vram, console)
-
-
-COMMANDS = (estimate,)

@@ -57,8 +57,7 @@ class TrackedProbe(LayerProbe):
     def maps(self) -> Tensor:
         assert self.tracker is not None
         with self.tracker.part(TAPS):
-            found: Tensor = LayerProbe.maps.func(self)
-        return found
+            return super().maps
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Rehearsal:
         state.
         """
         tracker, train = self.tracker, self.config.train
-        self._settle()
+        self.settle()
         if train.gradient_accumulation > 1:
             self._empty_gradients()
         batch, prior, path = self._batch(size), self._prior(progress), _path(train.batch_size)
@@ -178,7 +177,7 @@ class Rehearsal:
                 found.append(moment)
         return found
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """An optimizer makes its state in the first step and keeps it."""
         if not self.updater.optimizer.state:
             self._empty_gradients()

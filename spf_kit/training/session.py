@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -211,11 +211,17 @@ def _prior(
     return prior.prepare(config, family, place, phase(report, "reading prior pictures"))
 
 
+class HasTexts(Protocol):
+    """As much of a data set as the encoding of texts looks at."""
+
+    def texts(self) -> set[str] | None: ...
+
+
 def encoding(
     config: Config,
     family: Family,
-    dataset: Dataset,
-    prior_data: Dataset | None,
+    dataset: HasTexts,
+    prior_data: HasTexts | None,
     report: Report,
     *,
     keep: bool,

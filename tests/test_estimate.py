@@ -303,7 +303,7 @@ def test_cards(text: str, size: float) -> None:
 
 
 def test_the_command(spf_kit: Any) -> None:
-    found = spf_kit("estimate", "glasses", "--recipe", "naive", "--vram", "0.65gb", "--json").json
+    found = spf_kit("estimate", "glasses", "--recipe", "naive", "--vram", "650mb", "--json").json
     assert found["fits"] is False
     assert found["needed_bytes"] > found["vram_bytes"]
     assert found["advice"]["needed_bytes"] <= found["vram_bytes"]

@@ -44,6 +44,7 @@ class BareTracker(Tracker):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def compute(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """The operation's shapes and types, from the mode at once: a third of the time of going by torch."""
         result = self.mode.dispatch(func, types, args, kwargs)
         weight = args[NORMS[func]] if func in NORMS else None
         if weight is not None and weight.dtype == torch.float32 != args[0].dtype:

@@ -71,6 +71,10 @@ def opened(resolved: Resolved, largest: Size, *, on_gpu: bool) -> Iterator[Opene
             config, plugins, family, handle, BareTracker(mode, granule),
             clip=clip, autocast=autocast(config.train), valued=False,
         )  # fmt: skip
+        if on_gpu:
+            for group in rehearsal.updater.optimizer.param_groups:
+                if group.get("foreach", False) is None:  # torch's own choice: all tensors at once on a GPU
+                    group["foreach"] = True
         yield Opened(rehearsal, reading, notes)
 
 
@@ -99,7 +103,7 @@ def _reading(config: Config, family: Family, make: Callable[[], BareTracker], la
     pictures, captions = make(), make()
     for module in family.modules():
         captions.hold(_tensors(module), WEIGHTS)
-        if module is not family.unet:
+        if module is not family.unet or config.data.cache == "none":  # then they are read between steps
             pictures.hold(_tensors(module), WEIGHTS)
     pixels = torch.zeros(1, 3, height, width)
     with pictures:

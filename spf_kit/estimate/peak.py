@@ -46,10 +46,6 @@ class Estimate:
         return max(self.step, self.reading, key=lambda peak: peak.total)
 
     @property
-    def reserve(self) -> int:
-        return max(reserve(peak) for peak in (self.step, self.reading)) if self.on_gpu else 0
-
-    @property
     def needed(self) -> int:
         """What a card must have for it."""
         return max(peak.total + (reserve(peak) if self.on_gpu else 0) for peak in (self.step, self.reading))

@@ -32,8 +32,10 @@ def run(resolved: Resolved, vram: str | None, console: Console) -> None:
         console.show(line)
     told: dict[str, Any] = {**found.as_dict(), "profile": resolved.config.base.profile}
     if card is not None:
-        console.say("" if found.needed <= card else "looking for settings that fit ...")
-        advised = None if found.needed <= card else cheapest(resolved, card)
+        advised = None
+        if found.needed > card:
+            console.say("looking for settings that fit ...")
+            advised = cheapest(resolved, card)
         told |= {"vram_bytes": card, "fits": found.needed <= card, "advice": _advice(advised)}
         console.show(verdict(found, card, advised))
     console.finish(told)

@@ -7,8 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from spf_kit import __version__, cli_files
-from spf_kit.cli_options import BaseModel, Dtype, Json, On, Overwrite, Plugins
+from spf_kit import __version__, cli_estimate, cli_files
+from spf_kit.cli_options import (
+    BaseModel,
+    DataFolder,
+    Dtype,
+    Json,
+    On,
+    Overwrite,
+    Plugins,
+    Preset,
+    Profile,
+    Recipe,
+    Sets,
+)
 from spf_kit.console import command
 
 app = typer.Typer(
@@ -66,19 +78,18 @@ def _misused(error: Any) -> int:
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Argument(help="A preset's file, or the name of a shipped one.")],
+    preset: Preset,
     base: BaseModel = None,
-    data: Annotated[str | None, typer.Option("--data", help="Folder of pictures with captions.")] = None,
+    profile: Profile = None,
+    data: DataFolder = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/NAME).")
     ] = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Losses and stages of another recipe.")
-    ] = None,
+    recipe: Recipe = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same machine: same LoRA.")] = None,
     on: On = [],
-    set_: Annotated[list[str], typer.Option("--set", help="Any key, as a.b=value (repeatable).")] = [],
+    set_: Sets = [],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check; train nothing.")] = False,
     plugin: Plugins = [],
@@ -93,6 +104,7 @@ def train(
         resolved = config.load(
             preset,
             base=base,
+            profile=profile,
             data=data,
             recipe=recipe,
             steps=steps,
@@ -106,6 +118,9 @@ def train(
             workflow.dry_run(resolved, run, console)
         else:
             workflow.train(resolved, run, resume=resume, console=console)
+
+
+app.command()(cli_estimate.estimate)
 
 
 @app.command()

@@ -23,3 +23,13 @@ On = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+
+# --- of commands that take a preset ---
+
+Preset = Annotated[str, typer.Argument(help="A preset's file, or the name of a shipped one.")]
+Profile = Annotated[
+    str | None, typer.Option("--profile", help="Settings for a card: 6gb, 8gb, 12gb or 24gb.")
+]
+DataFolder = Annotated[str | None, typer.Option("--data", help="Folder of pictures with captions.")]
+Recipe = Annotated[str | None, typer.Option("--recipe", help="Losses and stages of another recipe.")]
+Sets = Annotated[list[str], typer.Option("--set", help="Any key, as a.b=value (repeatable).")]

@@ -33,6 +33,9 @@ class Base(Section):
     model: str = Field(
         "embedded", description="'embedded', a .safetensors file, a diffusers folder or a hub id"
     )
+    profile: str | None = Field(
+        None, description="settings that suit a card, as the base has them: '6gb', '8gb', '12gb', '24gb'"
+    )
     vae: str | None = Field(None, description="another VAE: a .safetensors file or a diffusers folder")
     dtype: Precision = Field("float32", description="of the frozen weights")
     attention: Literal["sdpa", "xformers", "sliced"] = Field("sdpa", description="attention backend")

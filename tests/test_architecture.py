@@ -44,6 +44,7 @@ HEAVY = {
 LIGHT = (
     "cli.py",
     "cli_files.py",
+    "cli_estimate.py",
     "cli_options.py",
     "console.py",
     "errors.py",

@@ -10,11 +10,11 @@ import torch
 from spf_kit import families
 from spf_kit.adapters import files
 from spf_kit.adapters.blocks import assign, means, names
+from spf_kit.adapters.chosen import chosen
 from spf_kit.adapters.inject import inject
 from spf_kit.adapters.inspect import inspect
 from spf_kit.errors import UserError
 from spf_kit.families.base import Family
-from spf_kit.measure.memory import adapter_shapes
 from spf_kit.schema import Adapter, Base, Train
 from spf_kit.training.optimizers import Schedule, build, check
 
@@ -58,8 +58,14 @@ def test_the_last_pattern_counts_and_each_must_mean_something() -> None:
 def test_ranks_and_alphas_reach_layers_and_file(family: Family, tmp_path: Path, kind: str) -> None:
     ranks, alphas = {"mid": 2, "convolutions": 1, "*.to_k": 3, "*.q_proj": 0}, {"convolutions": 0.5}
     cfg = adapter(kind=kind, ranks=ranks, alphas=alphas, decompose_both=False)
+    shapes = [
+        shape
+        for (component, name), spec in chosen(family, cfg).items()
+        for shape in spec.parts(
+            tuple(family.components()[component].get_submodule(name).weight.shape)
+        ).values()
+    ]
     handle = inject(family, cfg)
-    shapes = [shape for own in adapter_shapes(family, cfg).values() for shape in own]
     assert shapes == [tuple(p.shape) for p in handle.parameters()]
     path = files.write(handle.to_lora_file(), tmp_path / "a.safetensors")
     handle.remove()

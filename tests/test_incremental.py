@@ -27,9 +27,9 @@ from spf_kit.adapters.metadata import parse_json
 from spf_kit.adapters.tensors import kohya_hashes
 from spf_kit.config import Resolved
 from spf_kit.errors import Interrupted, UserError
+from spf_kit.estimate.peak import estimate
 from spf_kit.families.base import Family
 from spf_kit.measure import evaluate as measuring
-from spf_kit.measure import memory
 from spf_kit.sampling import generate
 from spf_kit.training import prior, session, trainer
 from spf_kit.training.preview import Preview
@@ -349,14 +349,15 @@ def test_only_an_encoder_that_the_first_changes_is_kept(
     assert opened(on=(str(unet_only),)).family.text_encoder is None
 
 
-def test_memory_counts_the_first(resolve: Callable[..., Resolved], base: Family, first: Path) -> None:
-    plain = memory.account(resolve(on=()).config, base).as_dict()["bytes"]
-    with_first = memory.account(resolve().config, base).as_dict()["bytes"]
-    tensors = load_file(first)
-    count = sum(value.numel() for key, value in tensors.items() if not key.endswith(".alpha"))
-    assert "text encoder" not in plain  # freed after the captions are encoded
-    assert with_first.keys() - plain.keys() == {"earlier LoRAs", "text encoder"}
-    assert with_first["earlier LoRAs"] == 4 * count
+def test_the_estimate_counts_the_first(resolve: Callable[..., Resolved], base: Family, first: Path) -> None:
+    def weights(*on: Path) -> int:
+        return estimate(resolve(on=tuple(map(str, on))), on_gpu=False).step.parts["weights"]
+
+    count = sum(value.numel() for key, value in load_file(first).items() if not key.endswith(".alpha"))
+    base.reload_encoders()
+    tensors = [*base.text_encoder.parameters(), *base.text_encoder.buffers()]
+    text_encoder = sum(t.numel() * t.element_size() for t in tensors)  # freed, where no LoRA changes it
+    assert weights(first) - weights() == 4 * count + text_encoder
 
 
 # --- evaluation -------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_a_run_writes_its_page_with_everything_on_it(run: Path) -> None:
         "finished: 4 steps", "response", "preservation", "leakage", "drift", "base model",
         "naive LoRA (shipped figures)", "Where it acts", "in the LoRA", "learning rate", "gradient norm",
         "term denoising", "spf-kit train", "config.toml --output", "--set preview.every=2", "torch",
-        "evaluating", "together", "UNet (counted)", "the 3 pictures", "64×64", "0.25", "1.5",
+        "evaluating", "together", "weights of unet (counted)", "the 3 pictures", "64×64", "0.25", "1.5",
     ):  # fmt: skip
         assert words in found.words, words
     cases, explorer, *charts = found.json

@@ -24,11 +24,11 @@ from spf_kit.config import Resolved
 from spf_kit.data.dataset import Dataset
 from spf_kit.discovery import available
 from spf_kit.errors import UserError
+from spf_kit.estimate.peak import estimate
 from spf_kit.families.base import Family
 from spf_kit.losses import ModelPass, Needs, Step, Tools
 from spf_kit.measure import evaluate as measuring
 from spf_kit.measure.clip import CLIP_KEY, ClipPair, folder_of
-from spf_kit.measure.memory import account
 from spf_kit.measure.table import render
 from spf_kit.plugin_check import check_plugin
 from spf_kit.random_step import random_step
@@ -362,17 +362,18 @@ def test_without_a_clip_pair_it_is_left_out(
         dry_run.check(resolve(f"clip.model={tmp_path}"))
 
 
-def test_the_memory_account_knows_what_stays(resolve: Callable[..., Resolved], family: Family) -> None:
-    def parts(decoder: str) -> dict[str, int]:
-        checked = dry_run.check(resolve(f"loss.response_enhancement.decoder={decoder}"))
-        found: dict[str, int] = account(resolve().config, checked.family, checked.needs).as_dict()["bytes"]
-        return found
+def test_the_estimate_holds_what_stays(resolve: Callable[..., Resolved], family: Family) -> None:
+    def weights(*sets: str) -> int:
+        return estimate(resolve(*sets), on_gpu=False).step.parts["weights"]
 
-    vae, linear, without = parts("vae"), parts("linear"), account(resolve().config, family).as_dict()["bytes"]
-    assert vae["VAE"] == sum(p.numel() * p.element_size() for p in family.vae.parameters())
-    assert vae.keys() - linear.keys() == {"VAE"}
-    assert linear.keys() - without.keys() == {"CLIP pair"}
-    assert linear["CLIP pair"] == sum(4 * p.numel() for p in ClipPair.load(CLIP).model.parameters())
+    unet, vae = (
+        sum(p.numel() * p.element_size() for p in module.parameters()) for module in (family.unet, family.vae)
+    )
+    pair = ClipPair.load(CLIP).model
+    clip = sum(t.numel() * t.element_size() for t in [*pair.parameters(), *pair.buffers()])
+    linear = weights("loss.response_enhancement.decoder=linear")
+    assert linear == unet + clip
+    assert weights("loss.response_enhancement.decoder=vae") == linear + vae
 
 
 def test_where_a_clip_pair_lies(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

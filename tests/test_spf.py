@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from spf_kit.plugins.control_map import otsu
 from torch import Tensor
 
 from spf_kit import families, schema
@@ -24,6 +23,7 @@ from spf_kit.discovery import available
 from spf_kit.families.base import Family
 from spf_kit.losses import Plugin, Step, Tools
 from spf_kit.plugin_check import check_plugin
+from spf_kit.plugins.control_map import otsu
 from spf_kit.probes import LayerProbe
 from spf_kit.random_step import random_step
 from spf_kit.training.step import Draws, Model, noised, run_step

@@ -1,7 +1,7 @@
 """TOML to one typed configuration: layers, the origin of every value, errors that suggest.
 
-Layers, later wins: package defaults (`spf_kit.schema`), `presets/bases/<family>.toml`, what the preset
-extends, the preset, the command line.
+Layers, later wins: package defaults (`spf_kit.schema`), `presets/bases/<family>.toml` and its profile for a
+card (`base.profile`), what the preset extends, the preset, the command line.
 """
 
 from spf_kit.config.editor import json_schema, json_schema_text

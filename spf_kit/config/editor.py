@@ -27,6 +27,15 @@ def json_schema() -> dict[str, Any]:
     }
     for section, model in SECTIONS.items():
         properties[section] = _fields(model.model_json_schema())
+    properties["profile"] = {
+        "type": "object",
+        "description": "of a base's settings alone: what suits a card, chosen by base.profile",
+        "additionalProperties": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {section: properties[section] for section in SECTIONS},
+        },
+    }
     properties["loss"] = {
         "type": "array",
         "description": "losses and masks, in order; a mask comes before its readers; entries merge by id",

@@ -46,6 +46,7 @@ class Layer:
 
     sections: dict[Key, Setting] = field(default_factory=dict)
     losses: list[Entry] = field(default_factory=list)
+    profiles: dict[str, Layer] = field(default_factory=dict)  # of a base's settings, by name
     complete: bool = True  # False where a loss had to be left out, which was reported then
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from spf_kit.config.layers import SECTIONS, Entry, Key, Layer, Setting
 from spf_kit.config.lines import KeyPath, key_lines
 from spf_kit.config.paths import absolute
 from spf_kit.config.problems import Origin, Problems, named, show, unknown
-from spf_kit.config.shipped import display
+from spf_kit.config.shipped import display, shipped_files
 from spf_kit.errors import nearest
+
+PROFILE = "profile"  # [profile.8gb] of a base's settings; presets name one by base.profile
 
 
 def parse(path: Path, problems: Problems) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -62,6 +65,8 @@ def read_layer(path: Path, problems: Problems) -> tuple[Layer, list[tuple[str, O
             before = len(problems)
             layer.losses = _read_losses(content, source, lines, folder, problems)
             layer.complete = len(problems) == before
+        elif name == PROFILE and _is_base(path):
+            layer.profiles = _read_profiles(content, origin, folder, problems)
         elif name not in SECTIONS:
             problems.add(origin(name), _unknown_top_level(name, content))
         elif not isinstance(content, dict):
@@ -70,6 +75,24 @@ def read_layer(path: Path, problems: Problems) -> tuple[Layer, list[tuple[str, O
             for key, value in content.items():
                 add_setting(layer, (name, key), value, origin(name, key), folder, problems)
     return layer, _read_extends(data, origin("extends"), problems)
+
+
+def _is_base(path: Path) -> bool:
+    return path in {file for name, file in shipped_files().items() if name.startswith("bases/")}
+
+
+def _read_profiles(
+    content: Any, origin: Callable[..., Origin], folder: Path, problems: Problems
+) -> dict[str, Layer]:
+    """The `[profile.NAME]` tables of a base's settings: sections and keys as in a preset."""
+    found: dict[str, Layer] = {}
+    for name, sections in content.items():
+        found[name] = layer = Layer()
+        for section, settings in sections.items():
+            for key, value in settings.items():
+                place = origin(PROFILE, name, section, key)
+                add_setting(layer, (section, key), value, place, folder, problems)
+    return found
 
 
 def add_setting(layer: Layer, key: Key, value: Any, origin: Origin, folder: Path, problems: Problems) -> None:
@@ -87,6 +110,8 @@ def add_setting(layer: Layer, key: Key, value: Any, origin: Origin, folder: Path
 
 
 def _unknown_top_level(name: str, content: Any) -> str:
+    if name == PROFILE and isinstance(content, dict):
+        return "[profile]: only the settings of a base have profiles; choose one with profile in [base]"
     owners = [section for section, model in SECTIONS.items() if name in model.model_fields]
     if isinstance(content, (dict, list)) and not owners:
         hint = nearest(name, [*SECTIONS, "loss"])

@@ -66,6 +66,7 @@ def load(
     preset: str | Path,
     *,
     base: str | None = None,
+    profile: str | None = None,
     data: str | Path | None = None,
     recipe: str | None = None,
     steps: int | None = None,
@@ -87,6 +88,7 @@ def load(
     problems = Problems(str(preset))
     options = {
         "base.model": ("--base", base),
+        "base.profile": ("--profile", profile),
         "data.path": ("--data", None if data is None else str(data)),
         "train.steps": ("--steps", steps),
         "train.seed": ("--seed", seed),
@@ -94,8 +96,10 @@ def load(
     }
     line = command_line(options, sets, problems)
     layers = [*preset_layers(path, recipe, problems), line.layer]
-    family = _family(merge(layers, Problems("")), detect, problems)
-    merged = merge([*base_layers(family, problems), *layers], problems)
+    given = merge(layers, Problems(""))
+    family = _family(given, detect, problems)
+    profile_asked = given.sections.get(("base", "profile"))
+    merged = merge([*base_layers(family, profile_asked, problems), *layers], problems)
     apply_tables(line, merged, problems)
 
     origin = Origin(display(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spf_kit.config.layers import Layer
+from spf_kit.config.layers import Layer, Setting
 from spf_kit.config.problems import Origin, Problems, show
 from spf_kit.config.reading import read_layer
 from spf_kit.config.shipped import display, find_extended, find_recipe, shipped_files
@@ -64,7 +64,19 @@ def chain(
     return [*layers, layer]
 
 
-def base_layers(family: str | None, problems: Problems) -> list[Layer]:
-    """The settings that suit a family, if the package has any."""
+def base_layers(family: str | None, profile: Setting | None, problems: Problems) -> list[Layer]:
+    """The settings that suit a family, if the package has any, and over them those of a profile."""
     path = shipped_files().get(f"bases/{family}")
-    return [read_layer(path, problems)[0]] if path else []
+    if path is None:
+        return []
+    layer = read_layer(path, problems)[0]
+    if profile is None or not isinstance(profile.value, str):
+        return [layer]  # a wrong type is reported by the schema
+    if profile.value not in layer.profiles:
+        there = ", ".join(layer.profiles) or "none"
+        problems.add(
+            profile.origin,
+            f"base.profile = {show(profile.value)}: {display(path)} has no such profile; there are: {there}",
+        )
+        return [layer]
+    return [layer, layer.profiles[profile.value]]

@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from spf_kit.schema import Base
 
 EMBEDDED = "embedded"
+BARE = ("sd15", "sd2", "sdxl")  # names of architectures: a model without weights, to estimate with
 
 
 def detect(model: str) -> str:
     """The family's name, "sd15", "sd2", "sdxl" or "embedded": from configs and headers, without a tensor.
 
-    `model` is "embedded", a .safetensors file, a diffusers folder, or a hub id if no such path exists.
+    `model` is "embedded", a .safetensors file, a diffusers folder, an architecture's name, or a hub id if no
+    such path exists.
     Raises UserError, one sentence, for what is not there, not a base model, or not supported.
     """
-    if model == EMBEDDED:
-        return EMBEDDED
+    if model == EMBEDDED or model in BARE:
+        return model
     path = Path(model).expanduser()
     if path.is_dir():
         return _folder.family_of_folder(path)
@@ -36,9 +38,10 @@ def detect(model: str) -> str:
     return _detect.family_of_unet(model, _hub.unet_config(_hub_id(model)))
 
 
-def load(base: Base, *, device: str = "cpu") -> Family:
+def load(base: Base, *, device: str = "cpu", weights: bool = True) -> Family:
     """Load `[base]`: frozen, in evaluation mode, in its dtype, on the device.
 
+    Without `weights` nothing but configs is read, and the modules stay on the meta device: shapes and types.
     Raises UserError as `detect` does, and if weights are missing or an option cannot be used.
     """
     import torch
@@ -55,6 +58,7 @@ def load(base: Base, *, device: str = "cpu") -> Family:
         device=device,
         attention=base.attention,
         base=base,
+        weights=weights,
     )
 
 
@@ -63,8 +67,11 @@ def open_source(model: str) -> Source:
 
     Raises UserError as `detect` does.
     """
+    from spf_kit.families.bare import BareSource
     from spf_kit.families.single_file import SingleFileSource
 
+    if model in BARE:
+        return BareSource(model)
     if model == EMBEDDED:
         return _folder.FolderSource(_detect.embedded_folder(), location=EMBEDDED)
     path = Path(model).expanduser()

@@ -25,17 +25,7 @@ def load_module(
 
     Raises UserError if tensors are missing, unknown or of another shape than the config says.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
-    # libraries check a config in many places, each with an error of its own
-    checks = (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError)
-    try:
-        module = empty_module(component, source.configs[component])
-    except (*checks, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"the config of the {component} of {source.location!r} cannot be used: {reason}"
-        ) from error
+    module = _checked_module(source, component)
     wanted = module.state_dict()
     state: dict[str, Tensor] = {}
     unknown = []
@@ -53,6 +43,30 @@ def load_module(
     module.load_state_dict(state, strict=True, assign=True)
     module.to(device)  # the text encoder's positions are a buffer, which files do not hold
     return module.requires_grad_(False).eval()
+
+
+def bare_module(source: Source, component: str, *, dtype: torch.dtype) -> nn.Module:
+    """One component on the meta device, frozen and in evaluation mode; no weight is read.
+
+    Raises UserError if its config cannot be used.
+    """
+    module = _checked_module(source, component)
+    nn.Module.to(module, "meta", dtype)  # diffusers' own `to` warns of digits that get lost
+    return module.requires_grad_(False).eval()
+
+
+def _checked_module(source: Source, component: str) -> nn.Module:
+    from huggingface_hub.errors import StrictDataclassError
+
+    # libraries check a config in many places, each with an error of its own
+    checks = (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError)
+    try:
+        return empty_module(component, source.configs[component])
+    except (*checks, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"the config of the {component} of {source.location!r} cannot be used: {reason}"
+        ) from error
 
 
 def empty_module(component: str, config: Mapping[str, Any]) -> nn.Module:

@@ -61,8 +61,10 @@ class StableDiffusionFamily(Family):
         device: torch.device | str = "cpu",
         attention: str = "sdpa",
         base: Base | None = None,
+        weights: bool = True,
     ) -> None:
-        """`base` settles what the model predicts, where the model's own files do not or are wrong.
+        """`base` settles what the model predicts, where the model's own files do not or are wrong. Without
+        `weights` the modules stay on the meta device.
 
         Raises UserError if weights are missing or misshapen, or the attention backend cannot be used.
         """
@@ -71,7 +73,7 @@ class StableDiffusionFamily(Family):
         self._sources = dict.fromkeys(("unet", "vae", *self.text_components), source)
         if vae_source is not None:
             self._sources["vae"] = vae_source
-        self._attention, self._hash = attention, ""
+        self._attention, self._hash, self._weights = attention, "", weights
         config = as_asked(source.scheduler_config, base) if base else dict(source.scheduler_config)
         self._scheduler_config, self._pipeline_config = config, source.pipeline_config
         self.noise = NoiseProcess.from_scheduler(config, source=source.location)
@@ -97,7 +99,10 @@ class StableDiffusionFamily(Family):
 
     def _load(self, component: str) -> Any:
         dtype = self._vae_dtype() if component == "vae" else self.dtype
-        return loading.load_module(self._sources[component], component, dtype=dtype, device=self.device)
+        source = self._sources[component]
+        if not self._weights:
+            return loading.bare_module(source, component, dtype=dtype)
+        return loading.load_module(source, component, dtype=dtype, device=self.device)
 
     def _vae_dtype(self) -> torch.dtype:
         return self.dtype

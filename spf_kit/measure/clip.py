@@ -52,12 +52,16 @@ class ClipPair:
         self._texts: dict[str, Tensor] = {}
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> ClipPair:
+    def load(
+        cls, folder: str | Path, *, device: torch.device | str = "cpu", weights: bool = True
+    ) -> ClipPair:
         """From a folder as `CLIPModel.save_pretrained` writes it, with tokenizer and preprocessor.
 
+        Without `weights` the model stays on the meta device: shapes and types.
         Raises UserError if it is no such folder.
         """
-        from transformers import CLIPModel, CLIPTokenizer
+        from accelerate import init_empty_weights
+        from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
         from transformers.utils import logging
 
         folder = Path(folder)
@@ -69,7 +73,11 @@ class ClipPair:
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            if weights:
+                model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            else:
+                with init_empty_weights(include_buffers=False):
+                    model = CLIPModel(CLIPConfig.from_pretrained(folder, local_files_only=True)).float()
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
@@ -78,7 +86,7 @@ class ClipPair:
             if bars:
                 logging.enable_progress_bar()
         mean, std = _normalisation(folder)
-        return cls(model.to(device), tokenizer, mean, std, f"CLIP {folder.name!r}")
+        return cls(model.to(device if weights else "meta"), tokenizer, mean, std, f"CLIP {folder.name!r}")
 
     @cached_property
     def fingerprint(self) -> str:

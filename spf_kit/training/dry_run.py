@@ -11,7 +11,6 @@ from spf_kit.adapters.fit import check_family
 from spf_kit.adapters.index import index
 from spf_kit.adapters.weights import parse
 from spf_kit.data.dataset import survey
-from spf_kit.losses import Needs
 from spf_kit.training import optimizers, session, stages, tools
 from spf_kit.training.machine import device
 
@@ -27,7 +26,6 @@ class Checked:
     family: Family
     info: dict[str, Any]  # JSON: pictures, samples, steps, epochs, warnings
     summary: list[str] = field(default_factory=list)  # lines for people
-    needs: Needs | None = None  # of all losses together
 
 
 def check(resolved: Resolved) -> Checked:
@@ -59,4 +57,4 @@ def check(resolved: Resolved) -> Checked:
         f"{info['epochs']:g} epochs",
         *(f"warning: {line}" for line in (*report.lines(), *optimizers.advice(train), *idle)),
     ]
-    return Checked(family, info, summary, stages.union(plugins))
+    return Checked(family, info, summary)

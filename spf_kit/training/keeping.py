@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from spf_kit import __version__
 from spf_kit.discovery import files_of
 from spf_kit.files import content_hash
-from spf_kit.training import records, stages
+from spf_kit.measure.memory import optimizer_bytes
+from spf_kit.training import records
 from spf_kit.training.records import DataRecord, Entry, PreviewRecord, RunRecord, Setting
 
 if TYPE_CHECKING:
@@ -126,13 +127,20 @@ def _machine(s: Session) -> dict[str, str]:
 
 
 def _memory(s: Session) -> dict[str, int]:
-    """Bytes by part, by count of the tensors; empty where they cannot be counted."""
-    from spf_kit.measure.memory import account
-
-    try:
-        return dict(account(s.config, s.family, stages.union(s.plugins)).as_dict()["bytes"])
-    except Exception:  # a figure for people: no reason to stop a run
-        return {}
+    """Bytes of what stays from step to step, by count of the tensors; of an optimizer whose state is not
+    known, nothing. `spf-kit estimate` counts a step's activations too."""
+    trained = dict(s.handle.named_parameters())
+    own = {id(parameter) for parameter in trained.values()}
+    found = {
+        f"weights of {name}": sum(
+            tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in own
+        )
+        for name, module in s.family.components().items()
+    }
+    adapter = sum(parameter.nbytes for parameter in trained.values())
+    shapes = [tuple(parameter.shape) for parameter in trained.values()]
+    state = optimizer_bytes(s.config.train.optimizer, shapes)
+    return found | {"adapter": adapter, "gradients": adapter} | ({"optimizer": state} if state else {})
 
 
 def _data(s: Session) -> DataRecord:

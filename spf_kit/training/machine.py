@@ -43,6 +43,20 @@ def restored() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
+@contextlib.contextmanager
+def resting(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Meanwhile a module's weights are in the host's memory: off a GPU, where the room serves others."""
+    if device.type != "cuda":
+        yield
+        return
+    module.to("cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        module.to(device)
+
+
 class Stop:
     """Set by the first Ctrl-C or SIGTERM and looked at between steps; a second one interrupts at once."""
 

@@ -6,11 +6,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.optim import Optimizer
 
 from spf_kit import families
 from spf_kit.adapters.earlier import Earlier
@@ -130,11 +131,12 @@ def open_session(
         **{f"the earlier LoRA {str(entry.path)!r}": entry.sha256 for entry in earlier.entries},
     }
 
-    dataset = Dataset.prepare(
-        config.data, config.attribute.target, family,
-        clip_skip=config.base.clip_skip, progress=phase(report, "reading pictures"),
-        masks=stages.union(plugins).picture_masks,
-    )  # fmt: skip
+    with machine.resting(family.unet, processes.device):
+        dataset = Dataset.prepare(
+            config.data, config.attribute.target, family,
+            clip_skip=config.base.clip_skip, progress=phase(report, "reading pictures"),
+            masks=stages.union(plugins).picture_masks,
+        )  # fmt: skip
     warnings = [*dataset.report.lines(), *optimizers.advice(config.train), *idle]
     report(len(dataset), len(dataset), {"phase": "reading pictures", "warnings": warnings})
     if processes.is_main_process and not folder.config.is_file():
@@ -147,10 +149,10 @@ def open_session(
     if linear:
         report(1, 1, {"phase": "fitting the decoder", "notes": [linear.sentence]})
     handle = AdapterHandle.inject(family, config.adapter, seed=config.train.seed)
-    encode = _text(config, family, dataset, prior_data, report, keep=earlier.change_text)
+    encode = encoding(config, family, dataset, prior_data, report, keep=earlier.change_text)
     if not ("vae" in needs.decode or any(d.needs_image_encoder for d in (dataset, prior_data) if d)):
         family.free_encoders(["vae"])
-    _training_mode(config, family)
+    training_mode(config, family)
 
     model = Model(
         family, handle, encode, processes.autocast,
@@ -160,7 +162,7 @@ def open_session(
     total = steps(config, dataset, processes.num_processes)
     opened = Session(
         config, folder, processes, family, handle, model, dataset, prior_data, plugins,
-        _updater(config, handle, total, processes), _preview(config, model, dataset, plugins, report),
+        updater(config, handle, total, processes), _preview(config, model, dataset, plugins, report),
         total, threads, report, earlier, frozen, Walks(family.noise),
     )  # fmt: skip
     opened.selection = _selection(opened)
@@ -223,11 +225,17 @@ def _prior(
     return prior.prepare(config, family, place, phase(report, "reading prior pictures"))
 
 
-def _text(
+class HasTexts(Protocol):
+    """As much of a data set as the encoding of texts looks at."""
+
+    def texts(self) -> set[str] | None: ...
+
+
+def encoding(
     config: Config,
     family: Family,
-    dataset: Dataset,
-    prior_data: Dataset | None,
+    dataset: HasTexts,
+    prior_data: HasTexts | None,
     report: Report,
     *,
     keep: bool,
@@ -253,7 +261,7 @@ def trains_text(config: Config) -> bool:
     return "text-encoder" in config.adapter.targets
 
 
-def _training_mode(config: Config, family: Family) -> None:
+def training_mode(config: Config, family: Family) -> None:
     """Dropout of the adapter and gradient checkpointing act in train mode only."""
     family.unet.train()
     encoders = family.text_encoders().values() if trains_text(config) else ()
@@ -282,11 +290,19 @@ def _text_checkpointing(text_encoder: Any, what: str, *arguments: Any) -> None:
     getattr(text_encoder, f"activation_checkpointing_{what}", getattr(text_encoder, old))(*arguments)
 
 
-def _updater(config: Config, handle: AdapterHandle, total: int, processes: Accelerator) -> Updater:
+def updater(
+    config: Config,
+    handle: AdapterHandle,
+    total: int,
+    processes: Accelerator,
+    *,
+    build: Callable[[Train, Mapping[str, Any]], Optimizer] = optimizers.build,
+) -> Updater:
+    """The configured updates of an adapter over `total` steps; `build` makes the optimizer."""
     train = config.train
     parameters: Mapping[str, Any] = handle.groups(train.learning_rates)
     return Updater(
-        optimizers.build(train, parameters),
+        build(train, parameters),
         optimizers.Schedule.of(train, total, list(parameters)),
         processes,
         max_grad_norm=train.max_grad_norm,

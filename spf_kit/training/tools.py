@@ -58,10 +58,13 @@ def split_by_clip(
     return [plugin for plugin in plugins if not plugin.needs.clip], [sentence]
 
 
-def clip_pair(needs: Needs, config: Config, family: Family) -> ClipPair | None:
-    """The CLIP pair, if a loss uses it. Raises UserError if it cannot be loaded."""
+def clip_pair(needs: Needs, config: Config, family: Family, *, weights: bool = True) -> ClipPair | None:
+    """The CLIP pair, if a loss uses it; without `weights` on the meta device.
+
+    Raises UserError if it cannot be loaded.
+    """
     folder = folder_of(family, config.clip.model) if needs.clip else None
-    return ClipPair.load(folder, device=family.device) if folder else None
+    return ClipPair.load(folder, device=family.device, weights=weights) if folder else None
 
 
 def linear_decoder(needs: Needs, family: Family, dataset: Dataset) -> LinearDecoder | None:

@@ -116,24 +116,29 @@ def _illustrate(
 
 
 def dry_run(resolved: Resolved, run: Path, console: Console) -> None:
-    """Resolve, check the pictures, account the memory; write nothing."""
+    """Resolve, check the pictures, estimate the memory; write nothing."""
     from rich.table import Table
 
-    from spf_kit.measure.memory import account
+    from spf_kit.estimate import report
+    from spf_kit.estimate.peak import estimate
     from spf_kit.training import trainer
+    from spf_kit.training.machine import device
 
     if run.exists():
         console.warn(f"the run folder {str(run)!r} exists: training there is refused without --resume")
     for warning in resolved.warnings:
         console.warn(warning)
     checked = trainer.check(resolved)
-    memory = account(resolved.config, checked.family, checked.needs)
+    memory = estimate(resolved, on_gpu=device() != "cpu")
     table = Table("key", "value", "from", box=None, pad_edge=False)
     for row in resolved.describe():
         table.add_row(row.key, "" if row.value is None else json.dumps(row.value), row.origin)
     console.show(table)
     console.show("")
-    for line in (*checked.summary, *memory.lines()):
+    for line in checked.summary:
+        console.show(line)
+    console.show(report.table(memory))
+    for line in report.lines(memory):
         console.show(line)
     console.finish(
         {

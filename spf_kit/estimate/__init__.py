@@ -1,0 +1,1 @@
+"""Peak memory of a training, without a GPU and without weights."""

@@ -376,6 +376,45 @@ def test_strange_lines_of_metrics(copy: Path, line: str) -> None:
     assert [step for step, _ in found] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("value", ["NaN", "1e999", "9" * 400, "-" + "9" * 400, "1e308"])
+def test_strange_numbers_stop_no_page(copy: Path, value: str) -> None:
+    """In every file at once, then in the configuration alone: what is damaged is left out, and hides less."""
+    number = re.compile(r"(?<=[ :=\[,])-?\d+(\.\d+)?(e-?\d+)?(?=[,\]}\n])")
+    for files in (
+        ("report/run.json", "report/seconds.json", "evaluation.json", "metrics.jsonl"),
+        ("config.toml",),
+    ):
+        for name in files:
+            text = (copy / name).read_text(encoding="utf-8")
+            word = value.replace("NaN", "nan").replace("1e999", "inf") if name == "config.toml" else value
+            assert number.search(text)
+            (copy / name).write_text(number.sub(word, text), encoding="utf-8")
+        words = parsed(build.rebuild(copy)).words
+        assert "Verdict" in words
+    assert not re.search(r"\b(nan|inf)\b", words.partition("Settings")[0].partition("Where it acts")[0])
+
+
+def test_a_long_run_stays_small_in_memory(copy: Path) -> None:
+    import tracemalloc
+
+    line = json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])
+    with (copy / "metrics.jsonl").open("w") as file:
+        for step in range(1, 20_001):
+            file.write(json.dumps(line | {"step": step}) + "\n")
+    kept = records.load(records.PreviewRecord, records.preview_file(copy, 4))
+    for step in range(5, 105):
+        records.save(kept.model_copy(update={"step": step}), records.preview_file(copy, step))
+    tracemalloc.start()
+    read = gather(copy)
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert (read.done, len(read.series("loss")), len(read.terms)) == (20_000, 20_000, 1)
+    steps = [preview.step for preview in read.previews]
+    assert (steps[0], steps[-1], len(steps)) == (0, 104, 48)
+    previews = sum(len(preview.model_dump_json()) for preview in read.previews)
+    assert used - 2 * previews < 20_000 * 16 * 12  # bytes: two numbers of 8 for each of a dozen columns
+
+
 def test_commands_can_be_pasted(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shlex
 
@@ -652,10 +691,10 @@ def test_what_spans_decades_is_logarithmic_and_nothing_is_no_plot() -> None:
     assert found.logarithmic
     assert plots.chart("c", [("a", [])], 3) is None
     for value in (0.0, 2.0, -2.0, 1e-9):
-        for from_zero in (True, False):
-            flat = plots.chart("c", [("a", [(1, value), (2, value)])], 2, from_zero=from_zero)
-            assert flat is not None
-            assert all(0 <= tick.at <= 100 for tick in flat.y)
+        flat = plots.chart("c", [("a", [(1, value), (2, value)])], 2)
+        assert flat is not None
+        assert all(0 <= tick.at <= 100 for tick in flat.y)
+        assert "0" in [tick.text for tick in flat.y]
 
 
 def test_stages_are_where_losses_begin_and_end(copy: Path) -> None:

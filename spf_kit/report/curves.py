@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
+from spf_kit.report.numbers import finite
+from spf_kit.report.pictures import opened
 from spf_kit.report.plots import Chart, chart
-from spf_kit.report.reader import MEASURED, RunFiles, losses_of, section
+from spf_kit.report.reader import RunFiles, loss_id, losses_of, section
+from spf_kit.training.logs import MEASURED
 from spf_kit.training.records import PreviewRecord
 from spf_kit.training.selection import Measurement, Selected, best
 
@@ -65,17 +67,18 @@ def compared(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Chart]:
 
 def _weight(run: RunFiles, name: str) -> str:
     for entry in losses_of(run.config):
-        if name in (entry.get("id"), entry.get("plugin")) and isinstance(entry.get("weight"), int | float):
-            return f"before its weight of {entry['weight']:g}"
+        weight = finite(entry.get("weight"))
+        if name == loss_id(entry) and weight is not None:
+            return f"before its weight of {weight:g}"
     return "before its weight"
 
 
 def _measured(run: RunFiles, edges: Sequence[tuple[float, str]]) -> list[Chart | None]:
     step = chosen_step(run)
     dots = [] if step is None else [(step, "in the LoRA" if run.finished else "best so far")]
-    budget = section(run.config, "train").get("drift_budget")
+    budget = finite(section(run.config, "train").get("drift_budget"))
     drift = [("not asked", run.series("drift_plain")), ("asked", run.series("drift_target"))]
-    limit = f"The budget is {budget:g}. " if isinstance(budget, int | float) else ""
+    limit = "" if budget is None else f"The budget is {budget:g}. "
     return [
         chart(
             "response: what has been learnt", [("learnt", run.series("learnt"))], run.total, edges=edges,
@@ -101,38 +104,35 @@ def _pictures(run: RunFiles, edges: Sequence[tuple[float, str]]) -> Chart | None
             for old, new in zip(base.cases, preview.cases)
             if (old.prompt, old.seed) == (new.prompt, new.seed)
         ]
-        if pairs:
-            asked.append((preview.step, _mean([_difference(o.asked, n.asked) for o, n in pairs])))
-            plain.append((preview.step, _mean([_difference(o.plain, n.plain) for o, n in pairs])))
+        for points, kind in ((asked, "asked"), (plain, "plain")):
+            found = [_difference(getattr(old, kind), getattr(new, kind)) for old, new in pairs]
+            if known := [value for value in found if value is not None]:
+                points.append((preview.step, sum(known) / len(known)))
     return chart(
         "previews against the base's pictures", [("not asked", plain), ("asked", asked)], run.total,
         edges=edges, note="Mean difference of the pixels, of 1. Not asked should stay near 0.",
     )  # fmt: skip
 
 
-def _difference(one: str, other: str) -> float:
+def _difference(one: str, other: str) -> float | None:
+    """None if one of them is no picture, or of another size."""
     import numpy as np
 
     if one == other:
         return 0.0
-    a, b = (_pixels(url) for url in (one, other))
-    return float(np.abs(a - b).mean()) if a.shape == b.shape else 0.0
+    a, b = _pixels(one), _pixels(other)
+    return float(np.abs(a - b).mean()) if a is not None and b is not None and a.shape == b.shape else None
 
 
+@lru_cache(maxsize=32)  # the base's are asked for with every preview
 def _pixels(url: str) -> Any:
     import numpy as np
-    from PIL import Image
 
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as opened:
-            opened.thumbnail((128, 128))
-            return np.asarray(opened.convert("RGB"), dtype=np.float32) / 255
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return np.zeros((1, 1, 3), dtype=np.float32)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    picture = opened(url)
+    if picture is None:
+        return None
+    picture.thumbnail((128, 128))
+    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
 
 
 # --- the chosen checkpoint --------------------------------------------------------------------------------
@@ -155,16 +155,17 @@ def chosen_step(run: RunFiles) -> int | None:
 
 def _selected(run: RunFiles) -> Selected | None:
     """The run's own choice, made again from its metrics."""
+    columns = [dict(run.series(key)) for key in MEASURED]
     measured = [
-        Measurement(line["step"], *(line[key] for key in MEASURED))
-        for line in run.steps
-        if all(line[key] is not None for key in MEASURED)
+        Measurement(step, *(column[step] for column in columns))
+        for step in columns[0]
+        if all(step in column for column in columns)
     ]
     if not measured:
         return None
     train = section(run.config, "train")
-    budget, select = train.get("drift_budget"), train.get("select")
-    limit = float(budget) if isinstance(budget, int | float) and budget > 0 else None
+    budget, select = finite(train.get("drift_budget")), train.get("select")
+    limit = budget if budget and budget > 0 else None
     kept = best(measured, limit) if limit is not None else None
     return Selected("budget" if select == "budget" else "last", limit, kept, measured[-1])
 

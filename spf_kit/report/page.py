@@ -61,7 +61,7 @@ def context(run: RunFiles, *, watching: bool, scale: float = 1.0) -> dict[str, A
         "last": max(run.total, 1),
         "stages": run.stages,
         "chosen": curves.chosen(run),
-        "no_drift": "" if drift or not run.steps else curves.NO_DRIFT,
+        "no_drift": "" if drift or not run.done else curves.NO_DRIFT,
         "data": _data(run, int(THUMBNAILS * scale)),
         "command": repeat(run),
         "resume": _train(run, run.folder, "--resume"),

@@ -5,11 +5,16 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from spf_kit.training.records import PreviewRecord, spread
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 # largest side and quality, tried in this order
 LADDER = ((384, 80), (288, 75), (224, 72), (160, 70), (112, 65), (80, 60), (48, 50))
+LARGEST = 4096  # pixels: what a stranger's run holds beyond is not decoded
 TRIED = 6  # pictures that stand for all, before all are encoded
 KEPT_STEPS = (24, 16, 10, 6, 3)  # of a run's previews, where all are too many
 LEAST_SIDE = 160  # rather fewer previews than smaller pictures
@@ -50,14 +55,8 @@ def some_fitted(urls: Sequence[str], budget: int) -> list[str]:
 
 def smaller(url: str, side: int, quality: int) -> str:
     """A picture as WebP of at most `side` pixels, or as it is where that is no gain; "" if it is none."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as opened:
-            if max(opened.size) > 4 * side:
-                opened.draft("RGB", (2 * side, 2 * side))
-            picture = opened.convert("RGBA" if opened.mode in ("RGBA", "P", "LA") else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    picture = opened(url)
+    if picture is None:
         return ""
     if max(picture.size) > side:
         picture.thumbnail((side, side))
@@ -65,6 +64,19 @@ def smaller(url: str, side: int, quality: int) -> str:
     picture.save(buffer, "WEBP", quality=quality, method=2)
     made = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
     return min(made, url, key=len)
+
+
+def opened(url: str) -> Image | None:
+    """The picture in a data URL; None if there is none, or one larger than any that a run keeps."""
+    from PIL import Image as Pillow
+
+    try:
+        with Pillow.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as found:
+            if max(found.size) > LARGEST:
+                return None
+            return found.convert("RGBA" if found.mode in ("RGBA", "P", "LA") else "RGB")
+    except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError):
+        return None
 
 
 def fit_previews(previews: Sequence[PreviewRecord], pictures: int, maps: int) -> list[PreviewRecord]:

@@ -72,7 +72,6 @@ def chart(
     edges: Sequence[tuple[float, str]] = (),
     dots: Sequence[tuple[float, str]] = (),
     note: str = "",
-    from_zero: bool = True,
 ) -> Chart | None:
     """Curves over the steps from 0 to `last`; None if there is not one point.
 
@@ -80,13 +79,12 @@ def chart(
         curves: label and points (step, value), in order of the steps.
         edges: steps at which a stage begins, and its name.
         dots: steps marked on every curve, and what they are.
-        from_zero: whether a linear axis begins at 0.
     """
     binned = [(label, _binned(points)) for label, points in curves if points]
     if not binned:
         return None
     last = max(last, 1.0)
-    scale = _Scale.of([value for _, rows in binned for _, *values in rows for value in values], from_zero)
+    scale = _Scale.of([value for _, rows in binned for _, *values in rows for value in values])
     lines, marks = [], []
     for number, (label, rows) in enumerate(binned):
         colour = number % COLOURS
@@ -167,14 +165,14 @@ class _Scale:
     log: bool
 
     @classmethod
-    def of(cls, values: Sequence[float], from_zero: bool) -> _Scale:
+    def of(cls, values: Sequence[float]) -> _Scale:
+        """A linear axis begins at 0."""
         low, high, middle = min(values), max(values), sorted(values)[len(values) // 2]
         if low > 0 and high / middle > LOGARITHMIC_FROM:
             return cls(math.log10(low), max(math.log10(high), math.log10(low) + 1e-9), True)
-        if from_zero:
-            low, high = min(low, 0.0), max(high, 0.0)
+        low, high = min(low, 0.0), max(high, 0.0)
         if low == high:
-            low, high = (low - 1, high + 1) if low else (0.0, 1.0)
+            high = 1.0
         room = (high - low) * 0.05
         return cls(low if low == 0 else low - room, high if high == 0 else high + room, False)
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +18,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from spf_kit.errors import UserError
+from spf_kit.report import numbers
+from spf_kit.report.numbers import MOST_STEPS, Numbers, finite
 from spf_kit.training import records
 from spf_kit.training.run_folder import RunFolder
 
 Record = TypeVar("Record", bound=BaseModel)
-PER_STEP = ("loss", "learning_rate", "text_encoder_learning_rate", "grad_norm", "seconds")
-MEASURED = ("drift_plain", "drift_target", "learnt")
+MOST_PREVIEWS = 48  # in memory: a long run has more of them than a page could show
 
 
 class _On(BaseModel):
@@ -35,7 +35,7 @@ class _On(BaseModel):
 class _Row(BaseModel):
     """What is read of one row of evaluation.json."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     response: float | None
     preservation: float | None
     leakage: float | None
@@ -79,10 +79,11 @@ class RunFiles:
     config: Mapping[str, Any]
     name: str
     target: str
-    steps: list[dict[str, Any]]  # of metrics.jsonl, finite numbers only
+    numbers: Numbers  # of metrics.jsonl
     run: records.RunRecord | None = None
     data: records.DataRecord | None = None
-    previews: list[records.PreviewRecord] = field(default_factory=list)  # in order; step 0 is the base
+    # in order; step 0 is the base; of very many some, first and last among them
+    previews: list[records.PreviewRecord] = field(default_factory=list)
     evaluation: Mapping[str, Any] | None = None
     proof: records.ProofRecord | None = None
     strengths: records.StrengthRecord | None = None
@@ -96,14 +97,14 @@ class RunFiles:
     @property
     def done(self) -> int:
         """The last step there are numbers of."""
-        return int(self.steps[-1]["step"]) if self.steps else 0
+        return self.numbers.last
 
     @property
     def total(self) -> int:
         if self.run:
             return max(self.run.steps, self.done)
-        wanted = section(self.config, "train").get("steps")
-        return max(wanted, self.done) if isinstance(wanted, int) else self.done
+        wanted = finite(section(self.config, "train").get("steps"))
+        return max(int(min(wanted, MOST_STEPS)), self.done) if wanted else self.done
 
     @property
     def finished(self) -> bool:
@@ -126,19 +127,13 @@ class RunFiles:
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of one number; `terms.<id>` of a loss's."""
-        group, _, name = key.partition(".")
-        found = (
-            (line["step"], line["terms"].get(name) if group == "terms" else line.get(key))
-            for line in self.steps
-        )
-        return [(step, value) for step, value in found if value is not None]
+        return self.numbers.series(key)
 
     @property
     def terms(self) -> list[str]:
         """Ids of the losses that were logged, in the preset's order."""
-        seen = dict.fromkeys(name for line in self.steps for name in line["terms"])
         order = [loss_id(entry) for entry in losses_of(self.config)]
-        return sorted(seen, key=lambda name: order.index(name) if name in order else len(order))
+        return sorted(self.numbers.terms, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def gather(folder: Path) -> RunFiles:
@@ -150,7 +145,8 @@ def gather(folder: Path) -> RunFiles:
         return _record(kind, folder.joinpath(records.FOLDER, *parts), damaged)
 
     previews = sorted((folder / records.FOLDER / records.PREVIEWS).glob("step-*.json"))
-    found = [read(records.PreviewRecord, records.PREVIEWS, file.name) for file in previews]
+    some = records.spread(previews, MOST_PREVIEWS)
+    found = [read(records.PreviewRecord, records.PREVIEWS, file.name) for file in some]
     name = config["attribute"]["name"]
     lora = _lora(folder, name, str(section(config, "output").get("format", "kohya")))
     metadata = _metadata(lora) if lora else {}
@@ -160,7 +156,7 @@ def gather(folder: Path) -> RunFiles:
         config=config,
         name=name,
         target=config["attribute"]["target"],
-        steps=list(_metrics(folder / "metrics.jsonl")),
+        numbers=numbers.read(folder / "metrics.jsonl"),
         run=read(records.RunRecord, records.RUN),
         data=read(records.DataRecord, records.DATA),
         previews=sorted((p for p in found if p), key=lambda p: p.step),
@@ -196,8 +192,8 @@ def loss_id(entry: Mapping[str, Any]) -> str:
 
 
 def _span(entry: Mapping[str, Any]) -> tuple[float, float]:
-    edges = entry.get("start", 0.0), entry.get("end", 1.0)
-    first, last = (min(max(float(e), 0.0), 1.0) if isinstance(e, int | float) else 0.0 for e in edges)
+    edges = finite(entry.get("start", 0.0)), finite(entry.get("end", 1.0))
+    first, last = (min(max(edge or 0.0, 0.0), 1.0) for edge in edges)
     return first, last
 
 
@@ -235,33 +231,6 @@ def _evaluation(file: Path, damaged: list[str]) -> Mapping[str, Any] | None:
         return None
     name, row = next(iter(found.loras.items()))
     return found.model_copy(update={"loras": {name: row}}).model_dump(mode="json")
-
-
-def _metrics(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl that can be read: the last one may be half written."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return
-    last = 0
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        step = row.get("step") if isinstance(row, dict) else None
-        if not isinstance(step, int) or isinstance(step, bool) or not last < step < 10**9:
-            continue
-        last = step
-        terms = row.get("terms")
-        numbers = {name: _number(value) for name, value in terms.items()} if isinstance(terms, dict) else {}
-        yield {"step": step, "terms": numbers, **{key: _number(row.get(key)) for key in PER_STEP + MEASURED}}
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
-        return float(value) if math.isfinite(value) else None
-    return None
 
 
 def _lora(folder: Path, name: str, format: str) -> Path | None:

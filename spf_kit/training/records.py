@@ -42,6 +42,8 @@ DARK, LIGHT, TINTED = 0.35, 0.4, 0.25
 
 # what a browser shows as a picture and never runs
 DataUrl = Annotated[str, Field(pattern=r"^data:image/(webp|png|jpeg);base64,[A-Za-z0-9+/]+=*$")]
+Step = Annotated[int, Field(ge=0, lt=10**9)]
+Bytes = Annotated[int, Field(ge=0, lt=10**18)]
 MapKind = Literal["mask", "target", "phrase", "change"]
 
 
@@ -66,7 +68,7 @@ class Case(BaseModel):
 class PreviewRecord(BaseModel):
     """One preview. Step 0 is the base model."""
 
-    step: int
+    step: Step
     target: str
     steps: int  # of the sampler
     cfg: float
@@ -108,14 +110,14 @@ class RunRecord(BaseModel):
 
     preset: str  # the file's name
     family: str
-    steps: int
-    started: float
+    steps: Step
+    started: float = Field(ge=0, lt=2**35)  # a time that every system can name
     samples: int = 0  # of an epoch
     settings: list[Setting] = []
     versions: dict[str, str] = {}
     machine: dict[str, str] = {}
     hashes: dict[str, str] = {}
-    memory: dict[str, int] = {}  # bytes by part, by count of the tensors
+    memory: dict[str, Bytes] = {}  # by part, by count of the tensors
     plugins: list[str] = []  # files given with --plugin
 
 
@@ -161,8 +163,8 @@ class StrengthRecord(BaseModel):
 class Seconds(BaseModel):
     """Time of each part in seconds, and the largest memory in bytes by the end of it."""
 
-    seconds: dict[str, float] = {}
-    memory: dict[str, int] = {}
+    seconds: dict[str, Annotated[float, Field(ge=0, lt=1e12)]] = {}
+    memory: dict[str, Bytes] = {}
 
 
 # --- files ------------------------------------------------------------------------------------------------

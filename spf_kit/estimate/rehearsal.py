@@ -25,7 +25,7 @@ from spf_kit.data.dataset import Batch
 from spf_kit.estimate.counted import Counted, needs_values
 from spf_kit.losses import LayerProbe, ModelPass, Plugin, Tools
 from spf_kit.measure.tracker import Peak, Tracker
-from spf_kit.training import optimizers, session, stages, tools
+from spf_kit.training import modes, optimizers, session, stages, tools
 from spf_kit.training.linear_decoder import LinearDecoder
 from spf_kit.training.step import Draws, Model, Noised, noised, run_step
 from spf_kit.training.text import Phrases
@@ -121,7 +121,7 @@ class Rehearsal:
         )  # fmt: skip
         if not ("vae" in needs.decode or config.data.cache == "none"):
             family.free_encoders(["vae"])
-        session.training_mode(config, family)
+        modes.training_mode(config, family)
         self._hold(clip)
         self.model = TrackedModel(
             family, self.handle, encode, autocast,

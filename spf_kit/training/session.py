@@ -21,7 +21,7 @@ from spf_kit.data.random import key_seed
 from spf_kit.errors import UserError
 from spf_kit.losses import Mask, Plugin
 from spf_kit.schema import Config, Train
-from spf_kit.training import machine, optimizers, prior, stages, tools
+from spf_kit.training import machine, modes, optimizers, prior, stages, tools
 from spf_kit.training.drift import Probe
 from spf_kit.training.logs import Report
 from spf_kit.training.preview import Preview
@@ -152,7 +152,7 @@ def open_session(
     encode = encoding(config, family, dataset, prior_data, report, keep=earlier.change_text)
     if not ("vae" in needs.decode or any(d.needs_image_encoder for d in (dataset, prior_data) if d)):
         family.free_encoders(["vae"])
-    training_mode(config, family)
+    modes.training_mode(config, family)
 
     model = Model(
         family, handle, encode, processes.autocast,
@@ -247,7 +247,7 @@ def encoding(
     """
     encode = functools.partial(family.encode_text, clip_skip=config.base.clip_skip, chunks=config.data.chunks)
     texts = dataset.texts()
-    if trains_text(config) or texts is None:
+    if modes.trains_text(config) or texts is None:
         return encode
     texts |= {""} | ((prior_data.texts() or set()) if prior_data else set())
     tell = phase(report, "encoding captions")
@@ -255,39 +255,6 @@ def encoding(
     if not keep:
         family.free_encoders(family.text_components)
     return cache
-
-
-def trains_text(config: Config) -> bool:
-    return "text-encoder" in config.adapter.targets
-
-
-def training_mode(config: Config, family: Family) -> None:
-    """Dropout of the adapter and gradient checkpointing act in train mode only."""
-    family.unet.train()
-    encoders = family.text_encoders().values() if trains_text(config) else ()
-    for encoder in encoders:
-        encoder.train()
-    if config.train.gradient_checkpointing:
-        # non-reentrant, so that layers get gradients although their inputs, the frozen embeddings, need none
-        family.unet.enable_gradient_checkpointing()
-        for encoder in encoders:
-            _text_checkpointing(encoder, "enable", {"use_reentrant": False})
-
-
-def evaluation_mode(config: Config, family: Family) -> None:
-    """The inverse: the family as it was loaded."""
-    if config.train.gradient_checkpointing:
-        family.unet.disable_gradient_checkpointing()
-        for encoder in family.text_encoders().values() if trains_text(config) else ():
-            _text_checkpointing(encoder, "disable")
-    for module in family.modules():
-        module.eval()
-
-
-def _text_checkpointing(text_encoder: Any, what: str, *arguments: Any) -> None:
-    """transformers renamed it in 5.20; the old name warns there."""
-    old = f"gradient_checkpointing_{what}"
-    getattr(text_encoder, f"activation_checkpointing_{what}", getattr(text_encoder, old))(*arguments)
 
 
 def updater(

@@ -18,7 +18,7 @@ from spf_kit.data.random import key_seed
 from spf_kit.discovery import files_of
 from spf_kit.errors import Interrupted
 from spf_kit.files import content_hash
-from spf_kit.training import checkpoint, keeping, resuming, session, tools
+from spf_kit.training import checkpoint, keeping, modes, resuming, session, tools
 from spf_kit.training.divergence import Numbers, check_finite
 from spf_kit.training.dry_run import Checked, check
 from spf_kit.training.logs import Metrics, Pace, Report
@@ -214,7 +214,7 @@ def _finish(s: Session, resolved: Resolved, started: float) -> Path:
     s.updater.use_average()
     if s.selection:
         s.selection.put_in_place()
-    session.evaluation_mode(s.config, s.family)
+    modes.evaluation_mode(s.config, s.family)
     output = s.config.output
     path = s.folder.lora(s.config.attribute.name, output.format)
     if s.accelerator.is_main_process:

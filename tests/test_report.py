@@ -146,7 +146,8 @@ def test_a_run_writes_its_page_with_everything_on_it(run: Path) -> None:
         "finished: 4 steps", "response", "preservation", "leakage", "drift", "base model",
         "naive LoRA (shipped figures)", "Where it acts", "in the LoRA", "learning rate", "gradient norm",
         "term denoising", "spf-kit train", "config.toml --output", "--set preview.every=2", "torch",
-        "evaluating", "together", "weights of unet (counted)", "the 3 pictures", "64×64", "0.25", "1.5",
+        "naive LoRA, measured otherwise", "evaluating", "together", "weights of unet (counted)",
+        "the 3 pictures", "64×64", "0.25", "1.5",
     ):  # fmt: skip
         assert words in found.words, words
     cases, explorer, *charts = found.json
@@ -291,8 +292,10 @@ def test_an_interrupted_run_has_a_page(
     found = parsed(tmp_path / "r/report.html")
     for words in (
         "step 4 of 5: not finished", "Not measured yet", "--output r --resume", "base, asked", "best so far",
+        "the LoRA would now hold step",
     ):  # fmt: skip
         assert words in found.words, words
+    assert "the LoRA holds" not in found.words
     assert "Reload" not in found.words
     monkeypatch.setattr(trainer, "_line", line)
     ahead = records.preview_file(tmp_path / "r", 5)  # as of a run that was killed after its checkpoint
@@ -413,6 +416,38 @@ def test_a_long_run_stays_small_in_memory(copy: Path) -> None:
     assert (steps[0], steps[-1], len(steps)) == (0, 104, 48)
     previews = sum(len(preview.model_dump_json()) for preview in read.previews)
     assert used - 2 * previews < 20_000 * 16 * 12  # bytes: two numbers of 8 for each of a dozen columns
+
+
+def test_colours_are_for_what_was_measured_alike(copy: Path) -> None:
+    from spf_kit.measure.table import identity
+    from spf_kit.report import verdict
+
+    read = gather(copy)
+    assert read.evaluation is not None
+    own = next(iter(read.evaluation["loras"].values()))
+    alike = identity(own, read.evaluation["base"]) | {key: own[key] for key in ("response", "preservation")}
+    alike |= {
+        "response": own["response"] + 0.1,
+        "leakage": own["leakage"] + 0.1,
+        "drift_plain": own["drift_plain"],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdict, "shipped_figures", lambda *_: {verdict.NAIVE: alike})
+        found = {tile.key: (tile.verdict, tile.beside[-1][0]) for tile in verdict.tiles(read)}
+        assert found == {
+            "response": ("worse", "naive LoRA"), "preservation": ("same", "naive LoRA"),
+            "leakage": ("better", "naive LoRA"), "drift_plain": ("same", "naive LoRA"),
+        }  # fmt: skip
+        alike["count"] += 1
+        assert {(tile.verdict, tile.beside[-1][0]) for tile in verdict.tiles(read)} == {
+            ("", "naive LoRA, measured otherwise")
+        }
+        alike["target"] = "smiling"
+        assert {tile.beside[-1][0] for tile in verdict.tiles(read)} == {"base model"}
+    assert read.run is not None
+    read.run.family = "sd15"  # the figures are of the embedded base alone
+    assert verdict.naive(read) == {}
+    assert {(tile.verdict, tile.beside[-1][0]) for tile in verdict.tiles(read)} == {("", "base model")}
 
 
 def test_commands_can_be_pasted(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -710,6 +745,7 @@ def test_stages_are_where_losses_begin_and_end(copy: Path) -> None:
     assert found == [
         (0, 1, ("denoising",)), (1, 2, ("denoising", "hold")), (2, 4, ("hold",)),
     ]  # fmt: skip
+    assert [stage.begins for stage in read.stages] == [1, 2, 3]  # the steps that run at 0, 1/4 and 1/2 of it
 
 
 def test_time_goes_to_the_phase_that_took_it(monkeypatch: pytest.MonkeyPatch) -> None:

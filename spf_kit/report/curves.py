@@ -139,9 +139,9 @@ def _pixels(url: str) -> Any:
 
 
 def chosen(run: RunFiles) -> str:
-    """Which step the LoRA holds, in a sentence; "" where nothing was measured."""
+    """Which step the LoRA holds, or would hold now, in a sentence; "" where nothing was measured."""
     selected = _selected(run)
-    sentence = selected.sentence() if selected else ""
+    sentence = selected.sentence(ended=run.finished) if selected else ""
     return sentence and f"{sentence[0].upper()}{sentence[1:]}."
 
 

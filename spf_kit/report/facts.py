@@ -45,7 +45,7 @@ def _seconds(run: RunFiles) -> dict[str, str]:
         others = {name: value for name, value in run.seconds.seconds.items() if name != "training"}
         saving = run.seconds.seconds.get("training", 0.0) - steps
         if saving > 0.05 * steps:
-            others["checkpoints and measuring drift"] = saving
+            others["between the steps, and steps done again"] = saving
         parts |= others
     found = {name: f"{value:.1f} s" for name, value in parts.items() if value >= 0.05}
     return {**found, "together": f"{sum(parts.values()):.1f} s"} if found else {}

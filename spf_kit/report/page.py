@@ -37,6 +37,7 @@ def context(run: RunFiles, *, watching: bool, scale: float = 1.0) -> dict[str, A
     previews = fit_previews(run.previews, int(PREVIEWS * scale), int(MAPS * scale))
     run = replace(run, previews=previews)
     cases = shots.laid_out(shots.evaluated(run) or shots.previewed(run), int(PROOF * scale))
+    tiles = verdict.tiles(run)
     drift = bool(run.series("learnt"))
     return {
         "run": run,
@@ -44,11 +45,11 @@ def context(run: RunFiles, *, watching: bool, scale: float = 1.0) -> dict[str, A
         "state": state(run, watching=watching),
         "base": Path(str(section(run.config, "base").get("model", "its base"))).name,
         "damaged": run.damaged,
-        "tiles": verdict.tiles(run),
+        "tiles": tiles,
         "rows": verdict.rows([run]),
         "heads": list(COLUMNS.values()),
         "how": verdict.how(run),
-        "better": any(tile.verdict for tile in verdict.tiles(run)),
+        "coloured": any(tile.verdict in ("better", "worse") for tile in tiles),
         "unmeasured": _unmeasured(run),
         "changes": verdict.changes(run),
         "cases": cases,

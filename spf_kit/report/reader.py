@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -69,6 +70,11 @@ class Stage:
     first: float
     last: float
     losses: tuple[str, ...]
+
+    @property
+    def begins(self) -> int:
+        """Its first step; the run's is 1."""
+        return math.ceil(self.first - 1e-9) + 1  # not what a tenth of 30 is off by
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,8 @@ def tiles(run: RunFiles) -> list[Tile]:
         others = [("base model", number(key, base.get(key)))]
         verdict = ""
         if beside and own.get(key) is not None:
-            others.append(("naive LoRA", number(key, beside.get(key))))
+            otherwise = ", measured otherwise" if line and line.note else ""
+            others.append((f"naive LoRA{otherwise}", number(key, beside.get(key))))
             verdict = "" if line and line.note else _compared(key, own[key], beside.get(key))
         found.append(Tile(key, COLUMNS[key], number(key, own.get(key)), MEANING[key], others, verdict))
     return found

@@ -164,11 +164,12 @@ class Selected:
             "last": asdict(self.last),
         }
 
-    def sentence(self) -> str:
-        """For people."""
+    def sentence(self, *, ended: bool = True) -> str:
+        """For people. While the run goes on there is no LoRA yet."""
         if self.best is None:
-            return f"drift at the last step: {_numbers(self.last)}"
-        holds = f"the LoRA holds step {self.kept.step}"
+            when = "the last step" if ended else f"step {self.last.step}"
+            return f"drift at {when}: {_numbers(self.last)}"
+        holds = f"the LoRA {'holds' if ended else 'would now hold'} step {self.kept.step}"
         if not self.within:
             return (
                 f"no measured step stayed within train.drift_budget = {self.budget:g}; step {self.best.step} "

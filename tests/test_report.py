@@ -558,6 +558,31 @@ def test_ctrl_c_after_the_evaluation_leaves_its_figures(
     assert "response" in parsed(tmp_path / "r/report.html").words
 
 
+def test_slow_thumbnails_do_not_hold_up_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    now, made = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def slow(path: Path) -> None:
+        made.append(path)
+        now[0] += 4
+
+    monkeypatch.setattr(records, "thumbnail", slow)
+    picture = {"width": 1, "height": 1, "repeats": 1, "content_hash": "", "path": Path("a")}
+    entries = [
+        SimpleNamespace(
+            picture=SimpleNamespace(sample_id=str(number), **picture),
+            caption=SimpleNamespace(text="", base=""),
+            bucket=SimpleNamespace(width=64, height=64),
+        )
+        for number in range(9)
+    ]
+    data = SimpleNamespace(entries=entries, target="t", report=SimpleNamespace(warnings={}))
+    kept = keeping._data(SimpleNamespace(dataset=data))  # type: ignore[arg-type]
+    assert (len(kept.entries), len(made)) == (9, 3)
+
+
 def test_a_record_that_cannot_be_made_leaves_none_of_an_earlier_end(copy: Path) -> None:
     told: list[str] = []
     seen = watch.Watch(copy, told.append)

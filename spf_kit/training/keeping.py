@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 MOST_PICTURES = 120  # with a thumbnail
+PATIENCE = 10.0  # seconds before the first step that thumbnails may take: large PNGs are slow to read
 WHAT = "the report's records could not be written"
 
 
@@ -145,6 +147,7 @@ def _memory(s: Session) -> dict[str, int]:
 
 def _data(s: Session) -> DataRecord:
     shown = {id(entry) for entry in records.spread(s.dataset.entries, MOST_PICTURES)}
+    until = time.monotonic() + PATIENCE
     entries = [
         Entry(
             file=entry.picture.sample_id,
@@ -155,7 +158,11 @@ def _data(s: Session) -> DataRecord:
             bucket=(entry.bucket.width, entry.bucket.height),
             repeats=entry.picture.repeats,
             sha256=entry.picture.content_hash,
-            thumbnail=records.thumbnail(entry.picture.path) if id(entry) in shown else None,
+            thumbnail=(
+                records.thumbnail(entry.picture.path)
+                if id(entry) in shown and time.monotonic() < until
+                else None
+            ),
         )
         for entry in s.dataset.entries
     ]

@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from spf_kit.measure.memory import peak_memory
 from spf_kit.report.build import PAGE, rebuild
 from spf_kit.training import records
-from spf_kit.training.machine import peak_memory
 
 Report = Callable[[int, int, Mapping[str, Any]], None]
 SHARE = 20  # the page may take a twentieth of the time between two refreshes

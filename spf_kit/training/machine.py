@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -81,17 +80,3 @@ class Stop:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU what torch has had allocated at most, else the process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024

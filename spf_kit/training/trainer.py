@@ -18,11 +18,12 @@ from spf_kit.data.random import key_seed
 from spf_kit.discovery import files_of
 from spf_kit.errors import Interrupted
 from spf_kit.files import content_hash
+from spf_kit.measure.memory import peak_memory
 from spf_kit.training import checkpoint, keeping, modes, resuming, session, tools
 from spf_kit.training.divergence import Numbers, check_finite
 from spf_kit.training.dry_run import Checked, check
 from spf_kit.training.logs import Metrics, Pace, Report
-from spf_kit.training.machine import Stop, peak_memory, restored
+from spf_kit.training.machine import Stop, restored
 from spf_kit.training.run_folder import RunFolder
 from spf_kit.training.selection import Selected
 from spf_kit.training.session import Session

@@ -35,7 +35,7 @@ def train(preset: str, run: Path, options: argparse.Namespace, on: list[Path]) -
     )
     file = run / f"{resolved.config.attribute.name}.safetensors"
     if not file.is_file():
-        print(f"training {preset}" + f" on {on[0].stem}" * bool(on), file=sys.stderr, flush=True)
+        print(f"training {preset}" + (f" on {on[0].stem}" if on else ""), file=sys.stderr, flush=True)
         result = trainer.train(resolved, run)
         assert result.lora == file
     return file

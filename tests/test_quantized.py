@@ -174,6 +174,22 @@ def test_predictions_stay_near_the_base(kind: str, most: float) -> None:
     torch.testing.assert_close(near, same, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_sdxl_is_quantised_but_for_its_embeddings(tiny_sdxl: Path, kind: str) -> None:
+    plain, family = (families.load(Base(model=str(tiny_sdxl), quantize=how)) for how in (None, kind))
+    linears = {name for name, m in plain.unet.named_modules() if isinstance(m, nn.Linear)}
+    assert any(name.endswith("proj_in") for name in layers_of(family))
+    kept = linears - layers_of(family).keys()
+    assert kept
+    assert all(
+        name.startswith(("time_embedding.", "add_embedding.")) or "time_emb_proj" in name for name in kept
+    )
+    x, t, condition = inputs(family)
+    with torch.no_grad():
+        near, exact = family.predict(x, t, condition), plain.predict(x, t, condition)
+    assert 0 < (near - exact).norm() < 0.2 * exact.norm()
+
+
 ADAPTERS = {
     "lora": Adapter(rank=2, targets=["cross-attention", "self-attention", "feed-forward", "convolutions"]),
     "dora": Adapter(rank=2, dora=True, targets=["cross-attention", "convolutions"]),

@@ -43,6 +43,7 @@ def examine() -> dict[str, Any]:
         problems.append(f"torch cannot be used ({_reason(error)}): install it anew from https://pytorch.org")
     found["bfloat16"] = _attempt(_try_bfloat16, "bfloat16 matrix products", problems)
     found["bitsandbytes"] = _attempt(_try_bitsandbytes, "bitsandbytes' 8-bit optimizers", problems)
+    found["quantized base"] = _attempt(_try_quantized, "quantised layers", problems)
     found["xformers"] = _xformers(problems)
     try:
         found["disk"] = _places(problems)
@@ -165,6 +166,27 @@ def _try_bitsandbytes() -> str:
     if not (weight < 1).all():
         raise RuntimeError("a step changes nothing")
     return f"8-bit AdamW works on {device}"
+
+
+def _try_quantized() -> str:
+    """A small layer of each kind against the plain one, forward and backward."""
+    import torch
+
+    from spf_kit.families.quantized import KINDS
+
+    device = _device()
+    plain = torch.nn.Linear(64, 64)
+    x = torch.eye(64, device=device, requires_grad=True)
+    for name, kind in KINDS.items():
+        layer = kind(plain, torch.float32)
+        layer.take(plain.weight, device)
+        output = layer.to(device)(x)
+        (gradient,) = torch.autograd.grad(output.sum(), x)
+        wanted = plain.weight.sum(0).to(device).expand(64, 64)
+        for found, exact in ((output.T, plain.weight + plain.bias[:, None]), (gradient, wanted)):
+            if (found - exact.to(device)).norm() > 0.3 * exact.norm():
+                raise RuntimeError(f"{name} gives something else than the plain layer")
+    return f"{', '.join(KINDS)} work on {device}"
 
 
 def _xformers(problems: list[str]) -> str:

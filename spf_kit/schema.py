@@ -38,6 +38,9 @@ class Base(Section):
     )
     vae: str | None = Field(None, description="another VAE: a .safetensors file or a diffusers folder")
     dtype: Precision = Field("float32", description="of the frozen weights")
+    quantize: Literal["fp8", "8bit", "nf4"] | None = Field(
+        None, description="keep the UNet's linear layers in 8-bit floats, 8-bit integers or 4 bits"
+    )
     attention: Literal["sdpa", "xformers", "sliced"] = Field("sdpa", description="attention backend")
     clip_skip: int = Field(
         1, ge=1, le=12, description="text layer counted from the end; 2 for most anime models of SD 1.5"

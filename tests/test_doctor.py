@@ -24,6 +24,7 @@ def test_what_works_here() -> None:
     assert found["memory"]["total_gib"] > 0
     assert found["bfloat16"].startswith(("works", "emulated"))
     assert found["bitsandbytes"].startswith("8-bit AdamW works")
+    assert found["quantized base"].startswith("fp8, 8bit, nf4 work")
     assert found["devices"]
     assert found["disk"]["working folder"]["writable"]
     for problem in found["problems"]:
@@ -53,7 +54,7 @@ def test_a_library_that_does_not_work_is_found(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", broken)
     found = doctor.examine()
-    assert found["bitsandbytes"] == "no"
+    assert found["bitsandbytes"] == found["quantized base"] == "no"
     assert any(sentence in problem for problem in found["problems"])
 
 

@@ -107,7 +107,13 @@ CASES: dict[str, list[str]] = {
     "loha": ["adapter.kind=loha", "--recipe naive"],
     "lokr": ["adapter.kind=lokr", "adapter.factor=4", "--recipe naive"],
     "oft": ["adapter.kind=oft", 'adapter.targets=["cross-attention"]', "--recipe naive"],
-}
+    "fp8": ["base.quantize=fp8", "--recipe naive"],
+    "8bit": ["base.quantize=8bit", "adapter.dora=true", "--recipe naive"],
+    "nf4": [
+        "base.quantize=nf4", "base.dtype=bfloat16", "train.mixed_precision=bf16",
+        "train.gradient_checkpointing=true",
+    ],
+}  # fmt: skip
 
 
 def resolve(*texts: str, base: str = "embedded") -> config.Resolved:
@@ -226,7 +232,7 @@ def profiles() -> list[tuple[str, str, float]]:
 def test_profiles_are_there() -> None:
     assert [profile[:2] for profile in profiles()] == [
         *(("sd15", card) for card in ("6gb", "8gb", "12gb", "24gb")),
-        *(("sdxl", card) for card in ("8gb", "12gb", "24gb")),
+        *(("sdxl", card) for card in ("6gb", "8gb", "12gb", "24gb")),
     ]
 
 
@@ -291,6 +297,8 @@ def test_advice_is_applied_and_pasted() -> None:
     assert next(p for p in changed.plugins if p.id == "text_consistency").layers == ["1/2"]  # type: ignore[attr-defined]
     assert (changed.config.data.resolution, resolved.config.data.resolution) == (448, 512)
     assert str(changes[0]) == """--set loss.text_consistency.layers='["1/2"]'"""
+    keys = [key for change in candidates(resolved) for key, _ in change.settings]
+    assert keys.index("base.quantize") < keys.index("data.resolution")
     for change in candidates(resolved):  # each is a setting that the format takes
         sets = [part.strip() for part in str(change).split("--set ") if part]
         config.load("glasses", base="sd15", sets=[text.replace("'", "") for text in sets])

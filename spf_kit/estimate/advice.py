@@ -54,7 +54,7 @@ def cheapest(
 
 def candidates(resolved: Resolved) -> Iterator[Change]:
     """Changes that save memory, what costs a user least first: nothing or digits that nobody sees, then time,
-    then what the losses look at, then the pictures' size."""
+    then digits of the base, what the losses look at, more digits of the base, and the pictures' size."""
     config, plugins = resolved.config, resolved.plugins
     train, base, data = config.train, config.base, config.data
     if base.attention == "sliced":
@@ -73,12 +73,16 @@ def candidates(resolved: Resolved) -> Iterator[Change]:
         yield _change(("train.batch_size", batch), ("train.gradient_accumulation", accumulation))
     if batch > 1:
         yield _change(("train.batch_size", 1), ("train.gradient_accumulation", accumulation * batch))
+    if base.quantize is None:
+        yield _change(("base.quantize", "8bit"))
     for plugin in plugins:
         if getattr(plugin, "decoder", None) == "vae":
             yield _change((f"loss.{plugin.id}.decoder", "linear"))
     for plugin in plugins:
         if getattr(plugin, "layers", None) == ["all"] and stages.union([plugin]).attention:
             yield _change((f"loss.{plugin.id}.layers", HALVED_LAYERS))
+    if base.quantize != "nf4":
+        yield _change(("base.quantize", "nf4"))
     step = max(data.bucket_step, data.resolution // 8 // data.bucket_step * data.bucket_step)
     for side in range(data.resolution - step, SMALLEST - 1, -step):
         yield _change(("data.resolution", side))

@@ -50,6 +50,7 @@ class Family(ABC):
     noise: NoiseProcess
     device: torch.device
     dtype: torch.dtype
+    quantize: str | None = None  # how the UNet's linear layers are kept, see `quantized`; None: as they are
     latent_factor: int  # pixels of one latent's side
     latent_channels: int  # C
     resolution: int  # pixels; the side of the square pictures that it was made for

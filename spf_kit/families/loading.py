@@ -13,21 +13,34 @@ import torch
 from torch import Tensor, nn
 
 from spf_kit.errors import UserError
+from spf_kit.families import quantized
 from spf_kit.families.sources import Source, read
 
 TEXT_LEVEL = "text_model."
 
 
 def load_module(
-    source: Source, component: str, *, dtype: torch.dtype, device: torch.device | str
+    source: Source,
+    component: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantize: str | None = None,
 ) -> nn.Module:
     """One component of a model, frozen and in evaluation mode.
 
-    Raises UserError if tensors are missing, unknown or of another shape than the config says.
+    Args:
+        quantize: a UNet's linear layers, one by one as they are read (see `quantized`).
+
+    Raises:
+        UserError: tensors are missing, unknown or of another shape than the config says; or weights cannot
+            be quantised here.
     """
     module = _checked_module(source, component)
     wanted = module.state_dict()
+    layers = quantized.prepare(module, quantize, dtype=dtype, device=device) if quantize else {}
     state: dict[str, Tensor] = {}
+    taken = set()
     unknown = []
     for name, tensor in read(source.weights(component)):
         runtime = runtime_name(module, name)
@@ -36,8 +49,14 @@ def load_module(
             if not name.endswith("position_ids"):
                 unknown.append(name)
             continue
-        state[runtime] = _fit(tensor, wanted[runtime], name, component, source).to(device, dtype)
-    missing = sorted(wanted.keys() - state.keys())
+        tensor = _fit(tensor, wanted[runtime], name, component, source)
+        layer = layers.get(runtime.removesuffix(".weight")) if runtime.endswith(".weight") else None
+        if layer is not None:
+            layer.take(tensor, device)
+            taken.add(runtime)
+        else:
+            state[runtime] = tensor.to(device, dtype)
+    missing = sorted(wanted.keys() - state.keys() - taken)
     if missing or (unknown and component == "unet"):
         raise UserError(_misfit(source, component, missing, unknown))
     module.load_state_dict(state, strict=True, assign=True)
@@ -45,13 +64,17 @@ def load_module(
     return module.requires_grad_(False).eval()
 
 
-def bare_module(source: Source, component: str, *, dtype: torch.dtype) -> nn.Module:
+def bare_module(
+    source: Source, component: str, *, dtype: torch.dtype, quantize: str | None = None
+) -> nn.Module:
     """One component on the meta device, frozen and in evaluation mode; no weight is read.
 
-    Raises UserError if its config cannot be used.
+    Raises UserError if its config cannot be used, or weights cannot be quantised here.
     """
     module = _checked_module(source, component)
     nn.Module.to(module, "meta", dtype)  # diffusers' own `to` warns of digits that get lost
+    if quantize:
+        quantized.prepare(module, quantize, dtype=dtype, device="meta")
     return module.requires_grad_(False).eval()
 
 

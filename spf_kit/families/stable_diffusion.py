@@ -63,8 +63,8 @@ class StableDiffusionFamily(Family):
         base: Base | None = None,
         weights: bool = True,
     ) -> None:
-        """`base` settles what the model predicts, where the model's own files do not or are wrong. Without
-        `weights` the modules stay on the meta device.
+        """`base` settles how the UNet is quantised, and what the model predicts where its own files do not or
+        are wrong. Without `weights` the modules stay on the meta device.
 
         Raises UserError if weights are missing or misshapen, or the attention backend cannot be used.
         """
@@ -74,6 +74,7 @@ class StableDiffusionFamily(Family):
         if vae_source is not None:
             self._sources["vae"] = vae_source
         self._attention, self._hash, self._weights = attention, "", weights
+        self.quantize = base.quantize if base else None
         config = as_asked(source.scheduler_config, base) if base else dict(source.scheduler_config)
         self._scheduler_config, self._pipeline_config = config, source.pipeline_config
         self.noise = NoiseProcess.from_scheduler(config, source=source.location)
@@ -99,10 +100,10 @@ class StableDiffusionFamily(Family):
 
     def _load(self, component: str) -> Any:
         dtype = self._vae_dtype() if component == "vae" else self.dtype
-        source = self._sources[component]
+        source, quantize = self._sources[component], self.quantize if component == "unet" else None
         if not self._weights:
-            return loading.bare_module(source, component, dtype=dtype)
-        return loading.load_module(source, component, dtype=dtype, device=self.device)
+            return loading.bare_module(source, component, dtype=dtype, quantize=quantize)
+        return loading.load_module(source, component, dtype=dtype, device=self.device, quantize=quantize)
 
     def _vae_dtype(self) -> torch.dtype:
         return self.dtype
@@ -191,6 +192,7 @@ class StableDiffusionFamily(Family):
         return self._text_levels[component] + module.removeprefix(loading.TEXT_LEVEL)
 
     def base_hash(self) -> str:
+        """Of the weights as files hold them, quantised or not."""
         if not self._hash:
             self._hash = fingerprint({name: source.weights(name) for name, source in self._sources.items()})
         return self._hash

@@ -34,7 +34,8 @@ LEGEND = (
 )
 # what must be the same for two rows to be compared
 SETTINGS = (
-    "target", "sampler", "steps", "guidance", "judge", "count", "first_seed", "base_hash", "earlier_LoRAs",
+    "target", "sampler", "steps", "guidance", "judge", "count", "first_seed", "base_hash", "quantize",
+    "earlier_LoRAs",
 )  # fmt: skip
 
 

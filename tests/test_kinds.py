@@ -26,6 +26,7 @@ KINDS: dict[str, dict[str, object]] = {
     "lokr both": {"kind": "lokr", "rank": 1, "decompose_both": True, "alpha": 3.0},
     "lokr whole": {"kind": "lokr", "rank": 64, "factor": 4},
     "oft": {"kind": "oft", "rank": 8, "targets": MATRICES},
+    "oft no pixels": {"kind": "oft", "rank": 8, "targets": ["cross-attention", "feed-forward"]},
     "oft held": {"kind": "oft", "rank": 8, "targets": MATRICES, "constraint": 0.3},
 }
 kinds = pytest.mark.parametrize("kind", list(KINDS))

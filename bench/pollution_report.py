@@ -32,7 +32,7 @@ def write(folder: Path, results: Path) -> None:
         with atomic(results / name) as path:
             path.write_text(text, encoding="utf-8")
     for attribute in sorted({cell["attribute"] for cell in cells}):
-        sheet_of(attribute, cells, folder, results / f"pollution-{attribute}.png")
+        sheet_of(attribute, cells, folder, results / f"pollution-{attribute}.webp")
 
 
 # --- numbers ----------------------------------------------------------------------------------------------
@@ -247,4 +247,4 @@ def sheet_of(attribute: str, cells: list[Cell], folder: Path, path: Path) -> Non
         title=f"{attribute}: each prompt with and without the target", note="same seed along a row",
     )  # fmt: skip
     with atomic(path) as temporary:
-        picture.save(temporary)
+        picture.save(temporary, format="WEBP", quality=85)

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spf_kit.data.captions import derive, fit, shuffled
@@ -171,6 +171,7 @@ def test_full_is_base_and_target_whatever_the_text(text: str, target: str) -> No
 
 
 @given(ANY_TEXT, TARGETS)
+@example("hat ,  ,  man", "hat, man")
 @settings(max_examples=300, deadline=None)
 def test_deriving_again_changes_nothing(text: str, target: str) -> None:
     caption = derive(text, target)

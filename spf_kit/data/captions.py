@@ -49,7 +49,8 @@ def derive(text: str, target: str) -> Caption:
     The target is removed from `text` in any case and at any place, with the commas, conjunctions and
     prepositions that it leaves behind; what remains is c_base.
     """
-    return _compose(text, tags(without(one_line(text), target)), target)
+    whole = ", ".join(tags(one_line(text)))  # a target with a comma may stand across empty tags
+    return _compose(text, tags(without(whole, target)), target)
 
 
 def one_line(text: str) -> str:

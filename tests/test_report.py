@@ -425,12 +425,11 @@ def test_colours_are_for_what_was_measured_alike(copy: Path) -> None:
     read = gather(copy)
     assert read.evaluation is not None
     own = next(iter(read.evaluation["loras"].values()))
-    alike = identity(own, read.evaluation["base"]) | {key: own[key] for key in ("response", "preservation")}
-    alike |= {
-        "response": own["response"] + 0.1,
-        "leakage": own["leakage"] + 0.1,
-        "drift_plain": own["drift_plain"],
-    }
+    own |= {"response": 0.75, "preservation": 0.99, "leakage": 0.02, "drift_plain": 0.01}
+    for row in (own, read.evaluation["base"]):
+        row["prompts"] = [f"prompt {n}" for n in range(64)]
+    alike = identity(own, read.evaluation["base"])
+    alike |= {"response": 0.95, "preservation": 0.995, "leakage": 0.3, "drift_plain": 0.0095}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verdict, "shipped_figures", lambda *_: {verdict.NAIVE: alike})
         found = {tile.key: (tile.verdict, tile.beside[-1][0]) for tile in verdict.tiles(read)}
@@ -438,6 +437,9 @@ def test_colours_are_for_what_was_measured_alike(copy: Path) -> None:
             "response": ("worse", "naive LoRA"), "preservation": ("same", "naive LoRA"),
             "leakage": ("better", "naive LoRA"), "drift_plain": ("same", "naive LoRA"),
         }  # fmt: skip
+        # 2 sqrt((0.75 x 0.25 + 0.85 x 0.15) / 64) = 0.14 is more than 0.1
+        alike |= {"response": 0.85, "leakage": 0.05, "drift_plain": 0.02}
+        assert [tile.verdict for tile in verdict.tiles(read)] == ["same", "same", "same", "better"]
         alike["count"] += 1
         assert {(tile.verdict, tile.beside[-1][0]) for tile in verdict.tiles(read)} == {
             ("", "naive LoRA, measured otherwise")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,17 +145,25 @@ def tiles(run: RunFiles) -> list[Tile]:
         if beside and own.get(key) is not None:
             otherwise = ", measured otherwise" if line and line.note else ""
             others.append((f"naive LoRA{otherwise}", number(key, beside.get(key))))
-            verdict = "" if line and line.note else _compared(key, own[key], beside.get(key))
+            verdict = "" if line and line.note else _compared(key, own, beside)
         found.append(Tile(key, COLUMNS[key], number(key, own.get(key)), MEANING[key], others, verdict))
     return found
 
 
-def _compared(key: str, own: float, other: float | None) -> str:
-    if other is None:
+def _compared(key: str, own: Mapping[str, Any], naive: Mapping[str, Any]) -> str:
+    """A difference counts beyond two of its standard errors, of a share of the prompts; a drift, which moves
+    less from run to run, beyond a tenth."""
+    here, there = own[key], naive.get(key)
+    if there is None:
         return ""
-    if number(key, own) == number(key, other):
+    if key.startswith("drift"):
+        noise = 0.1 * max(here, there)
+    else:
+        prompts = max(1, len(own.get("prompts", ())))
+        noise = 2 * math.sqrt(sum(max(0.0, share * (1 - share)) for share in (here, there)) / prompts)
+    if abs(here - there) <= noise:
         return "same"
-    return "better" if (own > other) == (key in HIGH_IS_GOOD) else "worse"
+    return "better" if (here > there) == (key in HIGH_IS_GOOD) else "worse"
 
 
 def changes(run: RunFiles, most: int = 12) -> list[Change]:

@@ -528,6 +528,17 @@ def test_folders_that_are_not_supported_are_named(config: dict, sentence: str, t
         families.detect(str(tmp_path))
 
 
+def test_a_model_here_goes_before_an_architecture_of_its_name(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert families.detect("sdxl") == "sdxl"
+    with pytest.raises(UserError, match="names an architecture and has no weights"):
+        families.load(schema.Base(model="sdxl"))
+    shutil.copytree(tiny, tmp_path / "sdxl")  # a Stable Diffusion 1.5, whatever it is called
+    assert families.detect("sdxl") == families.load(schema.Base(model="sdxl")).name == "sd15"
+
+
 def test_places_that_hold_no_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "other").mkdir()

@@ -11,7 +11,7 @@ from spf_kit.config.paths import EMBEDDED
 from spf_kit.config.problems import Origin, Problems, show, unknown
 from spf_kit.embedded import data_names
 from spf_kit.errors import UserError
-from spf_kit.families import BARE
+from spf_kit.families import is_bare
 from spf_kit.schema import Config
 
 if TYPE_CHECKING:
@@ -141,7 +141,9 @@ def _check_pictures(
         problems.add(
             origins["data.path"], f"data.path = {show(path)}: no such sample pictures{unknown(path, names)}"
         )
-    elif path.startswith(EMBEDDED + ":") and family not in (None, EMBEDDED) and config.base.model not in BARE:
+    elif (
+        path.startswith(EMBEDDED + ":") and family not in (None, EMBEDDED) and not is_bare(config.base.model)
+    ):
         problems.add(
             origins["base.model"],
             f"base.model = {show(config.base.model)}: needs pictures of its own size, but data.path = "

@@ -13,7 +13,7 @@ from spf_kit.data.pictures import scan
 from spf_kit.errors import UserError
 from spf_kit.estimate.opened import opened
 from spf_kit.estimate.rehearsal import ADAPTER, OPTIMIZER, WEIGHTS
-from spf_kit.families import BARE, open_source
+from spf_kit.families import is_bare, open_source
 from spf_kit.measure.tracker import Peak
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def picture_sizes(resolved: Resolved) -> list[Bucket]:
     base) it is the square.
     """
     data = resolved.config.data
-    if resolved.config.base.model in BARE and data.path.startswith(EMBEDDED):
+    if is_bare(resolved.config.base.model) and data.path.startswith(EMBEDDED):
         return [_square(data)]
     sizes = sizes_for(data)
     used = [

@@ -20,6 +20,11 @@ EMBEDDED = "embedded"
 BARE = ("sd15", "sd2", "sdxl")  # names of architectures: a model without weights, to estimate with
 
 
+def is_bare(model: str) -> bool:
+    """Whether `model` is the name of an architecture, and of nothing that lies here."""
+    return model in BARE and not Path(model).exists()
+
+
 def detect(model: str) -> str:
     """The family's name, "sd15", "sd2", "sdxl" or "embedded": from configs and headers, without a tensor.
 
@@ -27,7 +32,7 @@ def detect(model: str) -> str:
     such path exists.
     Raises UserError, one sentence, for what is not there, not a base model, or not supported.
     """
-    if model == EMBEDDED or model in BARE:
+    if model == EMBEDDED or is_bare(model):
         return model
     path = Path(model).expanduser()
     if path.is_dir():
@@ -70,7 +75,7 @@ def open_source(model: str) -> Source:
     from spf_kit.families.bare import BareSource
     from spf_kit.families.single_file import SingleFileSource
 
-    if model in BARE:
+    if is_bare(model):
         return BareSource(model)
     if model == EMBEDDED:
         return _folder.FolderSource(_detect.embedded_folder(), location=EMBEDDED)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spf_kit import __version__, cli_estimate, cli_files
+from spf_kit import __version__, cli_about, cli_files
 from spf_kit.cli_options import (
     BaseModel,
     DataFolder,
@@ -30,10 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-losses_app = typer.Typer(
-    help="List the loss plugins with every parameter, or check one.", invoke_without_command=True
-)
-app.add_typer(losses_app, name="losses")
+app.add_typer(cli_about.losses_app, name="losses")
 
 
 def _print_version(wanted: bool) -> None:
@@ -120,7 +117,7 @@ def train(
             workflow.train(resolved, run, resume=resume, console=console)
 
 
-app.command()(cli_estimate.estimate)
+app.command()(cli_about.estimate)
 
 
 @app.command()
@@ -297,65 +294,5 @@ def share(
         )
 
 
-@app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(help="A LoRA, a checkpoint or a folder of either.")],
-    hash_: Annotated[
-        bool, typer.Option("--hash", help="Hash files of more than a gigabyte too, as smaller ones always.")
-    ] = False,
-    norms: Annotated[
-        bool, typer.Option("--norms", help="How much a LoRA adds to the weights, by block.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Say what a LoRA or a checkpoint is."""
-    with command(json) as console:
-        from spf_kit import workflow
-
-        workflow.inspect(file, whole_hash=hash_, norms=norms, console=console)
-
-
-@app.command()
-def presets(
-    name: Annotated[str | None, typer.Argument(help="One preset or recipe, in full.")] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of presets.")] = False,
-    json: Json = False,
-) -> None:
-    """List the presets, recipes and every key with its default and meaning."""
-    with command(json or schema) as console:
-        from spf_kit import catalogue
-
-        catalogue.presets(name, schema=schema, console=console)
-
-
-@losses_app.callback()
-def losses(ctx: typer.Context, plugin: Plugins = [], json: Json = False) -> None:
-    """List the loss plugins with every parameter, default and source."""
-    if ctx.invoked_subcommand:
-        return
-    with command(json) as console:
-        from spf_kit import catalogue
-
-        catalogue.losses(plugin, console=console)
-
-
-@losses_app.command("check")
-def losses_check(
-    ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(help="Python file that registers plugins.")],
-    json: Json = False,
-) -> None:
-    """Run a file's plugins on random steps: finite, differentiable, deterministic, dtype-safe."""
-    with command(json or bool(ctx.parent and ctx.parent.params.get("json"))) as console:
-        from spf_kit import catalogue
-
-        catalogue.check_losses(file, console=console)
-
-
-@app.command()
-def doctor(json: Json = False) -> None:
-    """Say what this machine can do, and what is off."""
-    with command(json) as console:
-        from spf_kit import catalogue
-
-        catalogue.doctor(console)
+for said in (cli_about.inspect, cli_about.presets, cli_about.doctor):
+    app.command()(said)

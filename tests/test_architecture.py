@@ -44,7 +44,7 @@ HEAVY = {
 LIGHT = (
     "cli.py",
     "cli_files.py",
-    "cli_estimate.py",
+    "cli_about.py",
     "cli_options.py",
     "console.py",
     "errors.py",

@@ -17,7 +17,7 @@ import typer
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from spf_kit import cli, families
+from spf_kit import cli, cli_about, families
 from spf_kit.adapters.inspect import inspect
 from spf_kit.adapters.merge_plan import open_target
 from spf_kit.embedded import base_path
@@ -256,7 +256,7 @@ WRONG_VALUES: dict[str, tuple[Builder, str]] = {
 }  # fmt: skip
 
 COMMANDS: dict[str, Callable[[Path], None]] = {
-    "inspect": lambda path: cli.inspect(path, json=True),
+    "inspect": lambda path: cli_about.inspect(path, json=True),
     "merge into": lambda path: cli.merge([str(path)], Path("out.safetensors"), into="embedded", json=True),
     "merge": lambda path: cli.merge([str(path), str(path)], Path("out.safetensors"), json=True),
     "sample": lambda path: cli.sample([str(path)], prompt=["a portrait"], output=Path("out"), json=True),
@@ -342,9 +342,9 @@ def test_hostile_metadata_is_told_and_does_nothing(
     metadata: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tensors(**metadata)(tmp_path)
-    cli.inspect(path, json=True)
+    cli_about.inspect(path, json=True)
     json.loads(capsys.readouterr().out)
-    cli.inspect(path)
+    cli_about.inspect(path)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
     assert "\x07" not in printed

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spf_kit import cli
+from spf_kit import cli_about
 from spf_kit.adapters import files, hashes
 from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.inspect import inspect
@@ -93,7 +93,7 @@ def test_a_lora_tells_its_blocks_its_base_and_its_training(path: Path) -> None:
 
 
 def test_people_see_the_first_of_many_entries(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.inspect(path)
+    cli_about.inspect(path)
     printed = capsys.readouterr().out
     assert "wearing a hat" in printed
     assert "tag 39: 39" in printed
@@ -196,7 +196,7 @@ def test_norms_are_those_of_the_updates() -> None:
 
 def test_norms_are_told_by_block_on_request(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "norms" not in inspect(path)
-    cli.inspect(path, norms=True, json=True)
+    cli_about.inspect(path, norms=True, json=True)
     told = json.loads(capsys.readouterr().out)["norms"]
     expected: dict[str, float] = {}
     for (component, module), layer in files.read(path).layers.items():

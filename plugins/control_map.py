@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,10 +26,15 @@ class ControlMap(Mask):
     Source: SPF-Portrait (arXiv:2504.00396) for N, C and M. Our reading, where it is silent: D is rescaled
     over the phrases of one caption (`distances`; a lone phrase keeps its own), and phrases are combined by
     maximum. Ours altogether, off by default: what N is made of (`source`), `subtract`, `blur`, `ema`,
-    `quantile`, `otsu`, `threshold`. As published the map is small (N is rescaled by its largest pixel), so
-    that 1 - M is about 1 everywhere. Divided by a value of its own pixels, clipped at 1, it gets a size:
-    `quantile` gives every picture the same, `otsu` (Otsu 1979, doi:10.1109/TSMC.1979.4310076) the one at
-    which the pixels fall into two classes, a hat a larger one than glasses.
+    `min_timestep` and `max_timestep`, `quantile`, `otsu`, `threshold`. As published the map is small (N is
+    rescaled by its largest pixel), so that 1 - M is about 1 everywhere. Divided by a value of its own pixels,
+    clipped at 1, it gets a size: `quantile` gives every picture the same, `otsu` (Otsu 1979,
+    doi:10.1109/TSMC.1979.4310076) the one at which the pixels fall into two classes, a hat a larger one than
+    glasses.
+
+    Near pure noise N is what the data have in common (a collar as much as a beard), near the clean picture
+    the base sees the target itself and N is edges. Inside [min_timestep, max_timestep], shares of the
+    schedule, N is made and remembered (`ema`); at all other timesteps the picture's remembered N serves.
 
     Losses that keep the base's picture (text_consistency, fine_grained, inverted_mask) act where M is small;
     losses that teach (denoising) act where M is large.
@@ -43,6 +49,8 @@ class ControlMap(Mask):
     subtract: float = Field(1.0, ge=0, description="factor of C; 0 leaves the phrases out")
     blur: float = Field(0.0, ge=0, description="standard deviation of a blur of N, in latent pixels")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of an average of N over a picture's visits")
+    min_timestep: float = Field(0.0, ge=0, le=1, description="share of the schedule from which N is made")
+    max_timestep: float = Field(1.0, ge=0, le=1, description="share of the schedule up to which N is made")
     quantile: float | None = Field(
         None, gt=0, le=1, description="M is divided by this quantile of its pixels; unset: not at all"
     )
@@ -58,6 +66,19 @@ class ControlMap(Mask):
             raise ValueError(f"otsu and quantile = {self.quantile} both give the map its size: remove one")
         return self
 
+    @model_validator(mode="after")
+    def _range(self) -> ControlMap:
+        if self.min_timestep >= self.max_timestep:
+            raise ValueError(
+                f"min_timestep = {self.min_timestep} must be less than max_timestep = {self.max_timestep}"
+            )
+        if (self.min_timestep, self.max_timestep) != (0.0, 1.0) and not self.ema:
+            raise ValueError(
+                f"min_timestep = {self.min_timestep} and max_timestep = {self.max_timestep} say which visits "
+                "of a picture are remembered, and ema = 0 remembers none: set ema, as ema = 0.9"
+            )
+        return self
+
     @property
     def needs(self) -> Needs:
         passes = Needs.of("response", "reference", phrases=True)
@@ -70,7 +91,7 @@ class ControlMap(Mask):
 
     @torch.no_grad()
     def __call__(self, step: Step) -> Tensor:
-        n = self.remembered(self.changed(step), step.sample_ids)
+        n = self.remembered(self.changed(step), step.sample_ids, self.telling(step))
         m = (n - self.subtract * self.claimed(step)).clamp(0, 1)
         if self.otsu:
             m = m / otsu(m).clamp(min=1e-6)[:, None, None]
@@ -122,16 +143,23 @@ class ControlMap(Mask):
             row[: len(d)] = d.clamp(min=0)
         return rows
 
-    def remembered(self, n: Tensor, sample_ids: Any) -> Tensor:
-        """N averaged with what earlier visits of the same pictures gave; mirrored ones are not told apart."""
+    def telling(self, step: Step) -> list[bool]:
+        """Of which samples N is made at their own timesteps."""
+        share = step.timesteps / step.process.num_train_timesteps
+        return ((share >= self.min_timestep) & (share <= self.max_timestep)).tolist()
+
+    def remembered(self, n: Tensor, sample_ids: Any, telling: Sequence[bool]) -> Tensor:
+        """N averaged with what earlier visits of the same pictures gave; mirrored ones are not told apart.
+        A visit that tells nothing gives what is remembered; before there is anything, its own N."""
         if not self.ema:
             return n
         rows = []
-        for name, now in zip(sample_ids, n):
+        for name, now, tells in zip(sample_ids, n, telling):
             before = self._averages.get(name)
             if before is not None and before.shape == now.shape:
-                now = self.ema * before.to(now) + (1 - self.ema) * now
-            self._averages[name] = now.detach().cpu()
+                now = torch.lerp(now, before.to(now), self.ema if tells else 1.0)
+            if tells:
+                self._averages[name] = now.detach().cpu()
             rows.append(now)
         return torch.stack(rows)
 

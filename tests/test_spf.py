@@ -206,6 +206,30 @@ def test_the_average_of_a_pictures_visits() -> None:
     torch.testing.assert_close(made(third), alone(third))
 
 
+def test_outside_its_range_of_timesteps_a_map_is_what_was_remembered() -> None:
+    made = plugin("control_map", ema=0.75, subtract=0, min_timestep=0.4, max_timestep=0.8)
+    alone = plugin("control_map", subtract=0)
+    first, second = step_for(made, seed=0), step_for(made, seed=1)
+    most = first.process.num_train_timesteps
+
+    def at(step: Step, *shares: float) -> Step:
+        return replace(step, timesteps=torch.tensor([share * most for share in shares]))
+
+    first, second = at(first, 0.4, 0.8, 0.3, 0.9), at(second, 0.5, 0.9, 0.6, 0.2)
+    torch.testing.assert_close(made(first), alone(first))  # nothing is known yet: each its own
+    found = made(second)
+    both = 0.75 * alone(first) + 0.25 * alone(second)
+    expected = torch.stack([both[0], alone(first)[1], alone(second)[2], alone(second)[3]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_range_of_timesteps_needs_a_memory() -> None:
+    with pytest.raises(ValidationError, match=r"ema = 0 remembers none: set ema"):
+        plugin("control_map", min_timestep=0.5)
+    with pytest.raises(ValidationError, match=r"min_timestep = 0\.5 must be less than max_timestep = 0\.5"):
+        plugin("control_map", ema=0.5, min_timestep=0.5, max_timestep=0.5)
+
+
 def test_plain_samples_have_the_map_of_their_pictures_last_visit() -> None:
     made = plugin("control_map", quantile=0.9)
     first, second = step_for(made, seed=0), step_for(made, seed=1)

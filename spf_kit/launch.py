@@ -1,13 +1,14 @@
 """Several processes of one command, as `accelerate launch`, `torchrun` and `mpirun` start them.
 
-What they compute together is accelerate's business (`training.session`). This is about what a person sees: one
-process speaks, and of several that end with an error, one tells it. Imports no torch.
+What they compute together is accelerate's business (`training.session`). This is about what a person sees:
+one process speaks, and of several that end with an error, one tells it. Imports no torch.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from datetime import timedelta
@@ -46,7 +47,6 @@ def check(gpus: int) -> None:
                 f"process: start accelerate launch without {name}"
             )
 
-
     here = _number(("LOCAL_WORLD_SIZE",), 1)
     if gpus and here > gpus and not _on("ACCELERATE_USE_CPU"):
         raise UserError(
@@ -84,16 +84,19 @@ def ends_first(code: int) -> int | None:
     if count() == 1:
         return None
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's to all others, once the first has ended
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # the launcher's to all others, once the first has ended
     mine = f"{index()} {code}"
     try:
         from torch.distributed import TCPStore
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection((address, port), timeout=PATIENCE.total_seconds()).close()  # torch would log
         store = TCPStore(address, port, is_master=False, timeout=PATIENCE, wait_for_workers=False)
         key = f"spf_kit/ended/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         first = store.compare_set(key, "", mine).decode()
-    except (KeyError, ValueError, RuntimeError, ImportError):  # torch's DistError is a RuntimeError
+    except (KeyError, ValueError, OSError, RuntimeError, ImportError):  # torch's DistError is a RuntimeError
         return None if is_main() else code
     return None if first == mine else int(first.split()[1])
 

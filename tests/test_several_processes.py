@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from spf_kit import config, doctor, launch
 from spf_kit.config import Resolved
@@ -81,13 +81,23 @@ main()
 Start = Callable[..., BaseProcess]
 
 
+STORES: list[TCPStore] = []  # for as long as processes meet there
+
+
 def environments(count: int) -> list[dict[str, str]]:
-    """What a launcher tells each of its processes, with a port that is free."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [common | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)] if count > 1 else [{}]
+    """What a launcher tells each of its processes. As torchrun it keeps the store where they meet, which
+    finds a free port."""
+    if count == 1:
+        return [{}]
+    STORES.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    common = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(STORES[-1].port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    return [common | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)]
 
 
 def train(
@@ -139,7 +149,10 @@ def runs(
     folder = tmp_path_factory.mktemp(request.param)
     resolved = {
         count: config.load(
-            "glasses", data=pictures, recipe=recipe, sets=[*SMALL, f"train.batch_size={batch // count}", *sets]
+            "glasses",
+            data=pictures,
+            recipe=recipe,
+            sets=[*SMALL, f"train.batch_size={batch // count}", *sets],
         )
         for count in (1, 2)
     }
@@ -165,7 +178,7 @@ def test_the_encoding_is_shared_out(runs: Runs) -> None:
     assert abs(len(parts[0]) - len(parts[1])) <= 2  # one for the data, one for prior pictures
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_with_the_same_batches(
     before: int, after: int, runs: Runs, start: Start, tmp_path: Path
 ) -> None:
@@ -177,7 +190,9 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(
     assert checkpoint.steps(run / "checkpoints") == [3]
     finish(*train(start, after, runs.resolved[before], run, resume=True))
     assert_same_run(straight, run)
-    states = [checkpoint.load(checkpoint.path_of(folder / "checkpoints", STEPS)) for folder in (straight, run)]
+    states = [
+        checkpoint.load(checkpoint.path_of(folder / "checkpoints", STEPS)) for folder in (straight, run)
+    ]
     assert [state.processes for state in states] == [before] * 2
     for name in states[0].plugins:
         kept, other = (state.plugins[name] for state in states)
@@ -340,7 +355,9 @@ def test_one_process_where_several_were_asked_for_is_told(monkeypatch: pytest.Mo
     monkeypatch.setenv("MASTER_PORT", "29500")
     (sentence,) = launch.advice()
     assert "add --multi_gpu" in sentence
-    assert sentence in doctor.examine()["problems"]
+    problems: list[str] = []
+    assert doctor._processes(problems).startswith("1 ")
+    assert problems == [sentence]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not launch.advice()
 

@@ -190,7 +190,7 @@ class LatentCache:
 
 
 def _gathered(kept: Mapping[str, Latents]) -> Iterator[dict[str, Latents]]:
-    """What all processes keep, some pictures at a time: a device holds them on the way from one to another."""
+    """What all processes keep, some pictures at a time: a device holds them on the way to another."""
     from accelerate.utils import gather_object
 
     names = list(kept)

@@ -55,6 +55,9 @@ def check(resolved: Resolved) -> Checked:
     summary = [
         f"{len(pictures)} pictures, {samples} samples an epoch; {steps} steps of {per_step} samples are "
         f"{info['epochs']:g} epochs",
-        *(f"warning: {line}" for line in (*report.lines(), *optimizers.advice(train), *launch.advice(), *idle)),
+        *(
+            f"warning: {line}"
+            for line in (*report.lines(), *optimizers.advice(train), *launch.advice(), *idle)
+        ),
     ]
     return Checked(family, info, summary)

@@ -1,7 +1,7 @@
 """A batch in parts: the passes of one process, and what several processes tell each other after it.
 
 Every random number is keyed by its sample, so the passes of all processes see what one pass over the whole
-batch would. What is left is what a run remembers from one batch to the next: plugins' `Remembered`, and walks.
+batch would. What is left is what a run remembers from batch to batch: plugins' `Remembered`, and walks.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from spf_kit.errors import UserError
+from spf_kit.files import content_hash
 from spf_kit.training import checkpoint
 from spf_kit.training.checkpoint import Checkpoint
 from spf_kit.training.run_folder import RunFolder
@@ -39,6 +40,28 @@ def newest(folder: RunFolder) -> Checkpoint | None:
     """
     found = checkpoint.steps(folder.checkpoints)
     return checkpoint.load(checkpoint.path_of(folder.checkpoints, found[-1])) if found else None
+
+
+def agree(s: Session, saved: Checkpoint | None) -> None:
+    """Raises UserError where processes, on several machines, do not see the same files."""
+    if s.accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    pictures = {entry.picture.sample_id: entry.picture.content_hash for entry in s.dataset.entries}
+    mine = {
+        **s.frozen,
+        "the configuration": s.config.model_dump_json(),
+        f"the pictures in {s.config.data.path!r}": content_hash(pictures),
+        f"the newest checkpoint in {str(s.folder.path)!r}": str(saved and saved.step),
+    }
+    for theirs in gather_object([mine]):
+        differing = [name for name, value in theirs.items() if mine.get(name) != value]
+        if differing:
+            raise UserError(
+                f"the processes of this run do not see the same: {' and '.join(differing)}; give all machines "
+                "the same files, and the run folder on a disk that they share"
+            )
 
 
 def restore(s: Session, saved: Checkpoint) -> int:

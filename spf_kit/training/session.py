@@ -156,7 +156,13 @@ def open_session(
             masks=stages.union(plugins).picture_masks, processes=processes,
         )  # fmt: skip
     split = Split.of(config.train.batch_size, processes.process_index, processes.num_processes, began)
-    warnings = [*dataset.report.lines(), *optimizers.advice(config.train), *launch.advice(), *split.advice(), *idle]
+    warnings = [
+        *dataset.report.lines(),
+        *optimizers.advice(config.train),
+        *launch.advice(),
+        *split.advice(),
+        *idle,
+    ]
     report(len(dataset), len(dataset), {"phase": "reading pictures", "warnings": warnings})
     if processes.is_main_process and not folder.config.is_file():
         folder.claim(resolved)

@@ -85,6 +85,7 @@ def train(
                 resolved, folder, processes, report or (lambda *_: None),
                 threads=saved.threads if saved else None, began=saved.processes if saved else None,
             )  # fmt: skip
+            resuming.agree(s, saved)
             start = resuming.restore(s, saved) if saved else 0
             if processes.is_main_process:
                 folder.claim(resolved)  # what may change, only once nothing refuses it any more

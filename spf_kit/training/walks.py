@@ -7,8 +7,8 @@ prediction that the reference path has made anyway: what a sampler meets on a pl
 
     x0 = clean(z_t, eps_ref, t)    z_t' = a_t' x0 + s_t' eps_ref    t' = t - stride, until it is below 0
 
-Several processes keep the same pool: each finds out for the whole batch which sample takes which walk, and all
-learn the predictions of all (`Together`).
+Several processes keep the same pool: each finds out for the whole batch which sample takes which walk, and
+all learn the predictions of all (`Together`).
 
 Shapes: B samples, C latent channels, h x w latent size.
 """
@@ -126,7 +126,7 @@ class Together:
     """The walks of a batch that is run in parts, some of them by other processes."""
 
     def __init__(self, walks: Walks, batch: Noised, texts: Sequence[str | None], steps: int) -> None:
-        """`batch` and `texts`: of the whole. Only its noise, timesteps and the latents' size are looked at."""
+        """`batch` and `texts`: of the whole. Only noise, timesteps and the latents' size are looked at."""
         self.walks = walks
         self.batch, self.texts = walks.place(batch, texts, steps)
         self.predictions: dict[int, Tensor] = {}  # of this process: by place in the whole batch, (C, h, w)

@@ -189,6 +189,7 @@ def fail(
         return due
     if console.quiet:
         console = Console(json_mode=console.json_mode, quiet=False)
+        console.err.print()  # the main process's bar may stand on this line
     if traceback_of:
         traceback.print_exception(traceback_of)
     if console.json_mode:

@@ -43,7 +43,7 @@ def newest(folder: RunFolder) -> Checkpoint | None:
 
 
 def agree(s: Session, saved: Checkpoint | None) -> None:
-    """Raises UserError where processes, on several machines, do not see the same files."""
+    """Raises UserError where processes, as on several machines, see other files."""
     if s.accelerator.num_processes == 1:
         return
     from accelerate.utils import gather_object
@@ -59,8 +59,8 @@ def agree(s: Session, saved: Checkpoint | None) -> None:
         differing = [name for name, value in theirs.items() if mine.get(name) != value]
         if differing:
             raise UserError(
-                f"the processes of this run do not see the same: {' and '.join(differing)}; give all machines "
-                "the same files, and the run folder on a disk that they share"
+                f"the processes of this run do not see the same: {' and '.join(differing)}; give all "
+                "machines the same files, and the run folder on a disk that they share"
             )
 
 

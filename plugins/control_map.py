@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from spf_kit.losses import Field, Mask, Needs, Step, Tensor, model_validator, register
+from spf_kit.losses import Field, Mask, Needs, Remembered, Step, Tensor, model_validator, register
 
 
 @register("control_map")
@@ -57,8 +57,8 @@ class ControlMap(Mask):
     otsu: bool = Field(False, description="M is divided by Otsu's threshold of its pixels; not with quantile")
     threshold: float = Field(0.0, ge=0, lt=1, description="what is less becomes 0, what is left is stretched")
 
-    _averages: dict[str, Tensor] = {}  # N of each picture, (h, w) on the CPU
-    _maps: dict[str, Tensor] = {}  # M of each picture's last visit, the same
+    _averages = Remembered()  # N of each picture, (h, w) on the CPU
+    _maps = Remembered()  # M of each picture's last visit, the same
 
     @model_validator(mode="after")
     def _one_scale(self) -> ControlMap:
@@ -165,11 +165,11 @@ class ControlMap(Mask):
 
     def state_dict(self) -> dict[str, Any]:
         kept = {"averages": self._averages, "maps": self._maps}
-        return {name: of_pictures for name, of_pictures in kept.items() if of_pictures}
+        return {name: dict(of_pictures) for name, of_pictures in kept.items() if of_pictures}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._averages = dict(state.get("averages", {}))
-        self._maps = dict(state.get("maps", {}))
+        self._averages = Remembered(state.get("averages"))
+        self._maps = Remembered(state.get("maps"))
 
 
 def attended(layers: list[Any], positions: Any, size: Any) -> Tensor:

@@ -93,7 +93,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a LoRA from a preset, measure it, and draw a contact sheet."""
-    with command(json) as console:
+    with command(json, several=not dry_run) as console:
         from spf_kit import config, workflow
         from spf_kit.console import interrupt_on_terminate
 

@@ -102,7 +102,7 @@ def losses_check(
 
 def doctor(json: Json = False) -> None:
     """Say what this machine can do, and what is off."""
-    with command(json) as console:
+    with command(json, several=True) as console:
         from spf_kit import catalogue
 
         catalogue.doctor(console)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from spf_kit import launch
 from spf_kit.errors import Interrupted, UserError
 
 ProgressCallback = Callable[[int, int, str], None]  # done, total, text
@@ -23,17 +24,19 @@ TrainingReport = Callable[[int, int, Mapping[str, Any]], None]  # done, total, v
 
 
 class Console:
-    """Standard output and error of one command."""
+    """Standard output and error of one command. Of several processes only the main one's is heard."""
 
-    def __init__(self, *, json_mode: bool = False) -> None:
+    def __init__(self, *, json_mode: bool = False, quiet: bool | None = None) -> None:
         from rich.console import Console as Rich
 
         self.json_mode = json_mode
+        self.quiet = not launch.is_main() if quiet is None else quiet
         self.result: dict[str, Any] | None = None
         # a pipe has no width: 80 columns would cut the words that a user greps for
         width = None if sys.stdout.isatty() else 140
-        self.out = Rich(width=width, highlight=False)
-        self.err = Rich(stderr=True, width=None if sys.stderr.isatty() else 140, highlight=False)
+        self.out = Rich(width=width, highlight=False, quiet=self.quiet)
+        width = None if sys.stderr.isatty() else 140
+        self.err = Rich(stderr=True, width=width, highlight=False, quiet=self.quiet)
 
     def say(self, text: str) -> None:
         """One line for the person who waits."""
@@ -122,12 +125,19 @@ def _training_words(values: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def command(json_mode: bool) -> Iterator[Console]:
+def command(json_mode: bool, *, several: bool = False) -> Iterator[Console]:
     """Run a command's body: print its result, or its error with the exit code of the contract.
 
     0 done; 2 the input is wrong (one sentence); 130 interrupted; 1 a defect of ours, with a traceback.
+
+    Args:
+        several: the command is one for several processes; of any other the main process does all.
     """
+    import typer
+
     quiet_libraries()
+    if not several and not launch.is_main():
+        raise typer.Exit
     console = Console(json_mode=json_mode)
     code = 0
     try:
@@ -144,19 +154,22 @@ def command(json_mode: bool) -> Iterator[Console]:
     except MemoryError:
         code = fail(console, "error", "out of memory: lower [train] batch_size or [data] resolution", 2)
     except Exception as error:
-        if _out_of_device_memory(error):
-            remedy = "lower [train] batch_size or [data] resolution, or set train.gradient_checkpointing=true"
-            code = fail(console, "error", f"the device is out of memory: {remedy}", 2)
-        else:
-            traceback.print_exc()
-            sentence = f"{type(error).__name__}: {error} (a defect of spf-kit: please report the lines above)"
-            code = fail(console, "defect", sentence, 1)
-    if code == 0 and json_mode:
+        code = _fail_unforeseen(console, error)
+    if code == 0 and json_mode and not console.quiet:
         print(json.dumps(console.result if console.result is not None else {}, allow_nan=False))
     if code:
-        import typer
-
         raise typer.Exit(code)
+
+
+def _fail_unforeseen(console: Console, error: Exception) -> int:
+    if _out_of_device_memory(error):
+        remedy = "lower [train] batch_size or [data] resolution, or set train.gradient_checkpointing=true"
+        return fail(console, "error", f"the device is out of memory: {remedy}", 2)
+    if launch.lost_another(error):
+        sentence = "another process of this run was killed, and its machine's log says why (out of memory?)"
+        return fail(console, "error", f"{sentence}; go on with --resume", 1)
+    sentence = f"{type(error).__name__}: {error} (a defect of spf-kit: please report the lines above)"
+    return fail(console, "defect", sentence, 1, traceback_of=error)
 
 
 def quiet_libraries() -> None:
@@ -167,8 +180,18 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def fail(console: Console, kind: str, sentence: str, code: int) -> int:
-    """Print why the command ends; returns the exit code."""
+def fail(
+    console: Console, kind: str, sentence: str, code: int, *, traceback_of: Exception | None = None
+) -> int:
+    """Print why the command ends; returns the exit code. Of several processes the first to fail does."""
+    due = launch.ends_first(code)
+    if due is not None:
+        return due
+    if console.quiet:
+        console = Console(json_mode=console.json_mode, quiet=False)
+        console.err.print()  # the main process's bar may stand on this line
+    if traceback_of:
+        traceback.print_exception(traceback_of)
     if console.json_mode:
         print(json.dumps({kind: sentence}))
     console.err.print(f"{kind}: ", style="bold red", end="", markup=False)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spf_kit import __version__
+from spf_kit import __version__, launch
 
 PACKAGES = (
     "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "xformers",
@@ -41,6 +41,7 @@ def examine() -> dict[str, Any]:
         found |= _devices(problems)
     except Exception as error:  # torch itself is missing or broken
         problems.append(f"torch cannot be used ({_reason(error)}): install it anew from https://pytorch.org")
+    found["processes"] = _processes(problems)
     found["bfloat16"] = _attempt(_try_bfloat16, "bfloat16 matrix products", problems)
     found["bitsandbytes"] = _attempt(_try_bitsandbytes, "bitsandbytes' 8-bit optimizers", problems)
     found["quantized base"] = _attempt(_try_quantized, "quantised layers", problems)
@@ -134,6 +135,32 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _processes(problems: list[str]) -> str:
+    """Of this command, as accelerate's launcher started them."""
+    problems += launch.advice()
+    if launch.count() == 1:
+        return "1 (accelerate launch starts several)"
+    return _attempt(_try_processes, f"{launch.count()} processes together", problems)
+
+
+def _try_processes() -> str:
+    """All meet, tell where they are, and add up a number each."""
+    import torch
+    from accelerate.utils import gather_object
+
+    from spf_kit.schema import Train
+    from spf_kit.training.session import accelerator
+
+    here = accelerator(Train())
+    places = gather_object([f"{platform.node()} {here.device}"])
+    total = here.reduce(torch.tensor([1.0 + here.process_index], device=here.device), "sum").item()
+    backend = here.state.backend
+    here.state.destroy_process_group()
+    if total != sum(range(1, len(places) + 1)):
+        raise RuntimeError(f"{backend} adds the numbers of {len(places)} processes up to {total:g}")
+    return f"{len(places)} ({', '.join(places)}), which add up through {backend}"
 
 
 def _try_bfloat16() -> str:

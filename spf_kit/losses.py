@@ -29,6 +29,7 @@ from torch import Tensor
 from spf_kit.errors import UserError
 from spf_kit.needs import PASSES, Clip, Decoder, Needs, PassName, Prior, Tools
 from spf_kit.probes import LayerProbe, Spans, at_least_float32, matches, select, token_mask
+from spf_kit.remembered import Remembered
 
 if TYPE_CHECKING:
     from spf_kit.data.captions import Caption
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PASSES", "Decoder", "Field", "LayerProbe", "Literal", "Loss", "Mask", "ModelPass", "Needs", "PassName",
-    "Plugin", "Prior", "PriorBatch", "Spans", "Step", "Tensor", "Tools", "at_least_float32",
+    "Plugin", "Prior", "PriorBatch", "Remembered", "Spans", "Step", "Tensor", "Tools", "at_least_float32",
     "clean_weight", "model_validator", "per_sample", "register", "registered", "token_mask", "x0_weight",
 ]  # fmt: skip
 
@@ -220,6 +221,11 @@ class Plugin(BaseModel):
 
     def active(self, progress: float) -> bool:
         return self.start <= progress < self.end
+
+    def remembered_of_pictures(self) -> list[Remembered]:
+        """The attributes that several processes exchange, in order."""
+        private = self.__pydantic_private__ or {}
+        return [value for value in private.values() if isinstance(value, Remembered)]
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive an interruption (an EMA of maps); tensors and plain values."""

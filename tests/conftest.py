@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+PRELOAD = [
+    "spf_kit.training.trainer", "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip",
+]  # fmt: skip
 TINY_TEXT = {
     "vocab_size": 49408, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
     "num_attention_heads": 2, "max_position_embeddings": 77, "eos_token_id": 49407, "bos_token_id": 49406,
@@ -101,6 +107,21 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, picture_count: int) -> Pa
         shutil.copy(picture, folder)
         shutil.copy(picture.with_suffix(".txt"), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., BaseProcess]:
+    """Start `function(*arguments)` in a process of its own: a fork of one server that has torch and diffusers
+    loaded, so that each starts at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+
+    def run(function: Callable[..., Any], *arguments: Any, **named: Any) -> BaseProcess:
+        process = context.Process(target=function, args=arguments, kwargs=named, daemon=True)
+        process.start()
+        return process
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from torch import Tensor
 from spf_kit.data import buckets, cache, random
 from spf_kit.data.buckets import Bucket, bucket_sizes, crop_box, nearest_bucket, to_pixels
 from spf_kit.data.dataset import Batch, Dataset, survey
+from spf_kit.data.split import Split
 from spf_kit.errors import UserError
 from spf_kit.schema import Base, Data
 
@@ -237,13 +238,23 @@ def test_processes_share_the_batch_of_one(folder: Path, world: int) -> None:
         assert torch.equal(torch.cat([part.mean for part in parts]), whole.mean)
 
 
-def test_no_process_goes_without(folder: Path) -> None:
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_any_number_of_processes_shares_the_batches_that_two_began_with(folder: Path, world: int) -> None:
     dataset = prepared(folder)
-    for step in range(dataset.batches_per_epoch(2, 3)):
-        whole = dataset.batch(0, step, 6)
-        parts = [dataset.batch(0, step, 2, rank, 3) for rank in range(3)]
-        assert len({len(part) for part in parts}) == 1
-        assert {i for part in parts for i in part.indices} == set(whole.indices)
+    for step in range(dataset.batches_per_epoch(4)):
+        whole = dataset.batch(0, step, 4)
+        splits = [Split.of(2, rank, world, began=2) for rank in range(world)]
+        parts = [part for split in splits for part in dataset.passes(0, step, split)]
+        counted = [part for part in parts if part.share]
+        assert [i for part in counted for i in part.indices] == whole.indices
+        assert [place for part in counted for place in part.places] == list(range(len(whole)))
+        assert sum(part.share for part in parts) == pytest.approx(1)
+        assert all(1 <= len(part) <= 2 for part in parts)
+        assert all(part.share == len(part) / len(whole) for part in counted)
+        idle = [part for part in parts if not part.share]
+        assert len(idle) == max(0, world - len(whole))
+        assert all(part.indices == whole.indices[:1] for part in idle)
+        assert dataset.whole(0, step, splits[0]) == (whole.indices, whole.captions)
 
 
 def test_what_a_sample_shows_does_not_depend_on_the_batch_size(folder: Path) -> None:
@@ -265,7 +276,7 @@ def test_accumulation_goes_on_through_the_same_batches(folder: Path) -> None:
     assert dataset.steps(3, 2) == 18
     assert dataset.steps(3, 2, accumulation=4) == 5
     for wrong in ({"step": -1}, {"rank": 2, "world": 2}, {"micro": 1}):
-        with pytest.raises(ValueError, match="no batch"):
+        with pytest.raises(ValueError, match=r"no (batch|share)"):
             dataset.batch(**{"seed": 0, "step": 0, "batch_size": 1, **wrong})
 
 

@@ -6,11 +6,9 @@ The processes are forks of one server that has torch and diffusers loaded, so th
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -32,10 +30,6 @@ SMALL = [
     "data.resolution=32", "data.buckets=false", f"train.steps={STEPS}", "train.batch_size=1",
     "preview.every=0", "train.checkpoint_every=2", "train.log_tensorboard=false", "adapter.rank=2",
     "train.threads=1", 'output.dtype="float32"',
-]  # fmt: skip
-PRELOAD = [
-    "spf_kit.training.trainer", "diffusers.models.unets.unet_2d_condition",
-    "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip",
 ]  # fmt: skip
 # each with other kinds of state: 8-bit moments, EMA, dropout, accumulation, both components, walks; the
 # optimizer's own average, pictures drawn before and between the steps
@@ -59,20 +53,6 @@ def resolve(pictures: Path) -> Callable[..., Resolved]:
         return config.load("glasses", data=pictures, recipe=recipe, sets=[*SMALL, *sets])
 
     return load
-
-
-@pytest.fixture(scope="module")
-def start() -> Callable[..., BaseProcess]:
-    """Start `function(*arguments)` in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-
-    def run(function: Callable[..., Any], *arguments: Any, **named: Any) -> BaseProcess:
-        process = context.Process(target=function, args=arguments, kwargs=named, daemon=True)
-        process.start()
-        return process
-
-    return run
 
 
 def finish(process: BaseProcess) -> None:
@@ -125,46 +105,6 @@ def test_a_killed_run_ends_with_the_same_bits(
     for step in (2, 4):  # the state too, not only what became of it
         name = f"checkpoints/step-{step:06d}/adapter.safetensors"
         assert same_tensors(straight / name, killed / name)
-
-
-TWO_PROCESSES = """
-import os
-os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-from spf_kit.training import trainer
-result = trainer.train(resolved, run)
-"""
-
-
-def test_two_processes_train_one_adapter(
-    resolve: Callable[..., Resolved], start: Callable[..., BaseProcess], tmp_path: Path
-) -> None:
-    """Halves of each batch in two processes come to what one process makes of the whole."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Adam divides by the gradient's own size, so that a rounding error of a gradient near 0 becomes a whole
-    # step of the learning rate; a large eps keeps the update proportional
-    sets = ("train.steps=2", "train.optimizer_args.eps=0.01", "train.learning_rate=0.2")
-    halves, whole = resolve("train.batch_size=1", *sets), resolve("train.batch_size=2", *sets)
-    workers = [
-        start(exec, TWO_PROCESSES, {"rank": rank, "port": port, "resolved": halves, "run": tmp_path / "two"})
-        for rank in (0, 1)
-    ]
-    finish(start(trainer.train, whole, tmp_path / "one"))
-    for worker in workers:
-        finish(worker)
-    one, two = (load_file(tmp_path / name / "glasses.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    moved = max(float(value.float().abs().max()) for key, value in one.items() if "lora_up" in key)
-    assert moved > 0.05
-    assert all(torch.allclose(one[key], two[key], atol=2e-5) for key in one)
-    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    state = checkpoint.load(tmp_path / "two" / "checkpoints" / "step-000002")
-    assert state.processes == 2
-    with pytest.raises(UserError, match="started with 2 processes, not 1"):
-        trainer.train(halves, tmp_path / "two", resume=True)
 
 
 # --- what a continuation may change -----------------------------------------------------------------------

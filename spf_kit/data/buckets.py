@@ -129,13 +129,3 @@ def epoch_batches(groups: Sequence[Rounds], size: int, seed: int, epoch: int) ->
             order += [samples[i] for i in places]
         batches += [order[i : i + size] for i in range(0, len(order), size)]
     return [batches[i] for i in permutation(len(batches), seed, "batches", epoch)]
-
-
-def part_of_rank(batch: Sequence[int], rank: int, world: int) -> list[int]:
-    """What one of `world` processes takes of a batch: equal shares that together are the batch.
-
-    A batch that `world` does not divide is filled up from its own start: no process may go without, and
-    gradients are averaged over equal shares.
-    """
-    share = math.ceil(len(batch) / world)
-    return [batch[i % len(batch)] for i in range(rank * share, (rank + 1) * share)]

@@ -14,10 +14,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load, save
@@ -34,6 +34,20 @@ if TYPE_CHECKING:
 
 LAYOUT = 1  # of the entries and of the way from file to pixels; raise it when either changes
 DIGEST_BYTES = 32
+CHUNK = 64  # pictures whose latents travel between processes at once
+PHASE = "encoding pictures"
+
+
+class Processes(Protocol):
+    """As much of accelerate's `Accelerator` as sharing the encoding out takes."""
+
+    @property
+    def process_index(self) -> int: ...
+
+    @property
+    def num_processes(self) -> int: ...
+
+    def wait_for_everyone(self) -> None: ...
 
 
 class Latents(NamedTuple):
@@ -113,13 +127,31 @@ class LatentCache:
         self.folder = cache_folder() / "latents"
         self._kept: dict[str, Latents] = {}
 
-    def prepare(self, views: Sequence[View], progress: Progress | None = None) -> None:
-        """Encode what is not there yet.
+    def prepare(
+        self, views: Sequence[View], progress: Progress | None = None, processes: Processes | None = None
+    ) -> None:
+        """Encode what is not there yet. Of several processes each encodes a part, and all get all.
 
         Raises UserError if the disk is full or a picture cannot be encoded.
         """
         if self.kind == "none":
             return
+        rank, world = (processes.process_index, processes.num_processes) if processes else (0, 1)
+        mine = [view for number, view in enumerate(views) if number % world == rank]
+        made = self._make(mine, lambda done: progress(done * world, len(views), PHASE) if progress else None)
+        if processes is None or world == 1:
+            return
+        if self.kind == "memory":
+            for kept in _gathered(made):
+                self._kept |= kept
+        else:
+            processes.wait_for_everyone()
+            self._make(views, lambda done: None)  # what others made on machines whose disks are their own
+        if progress:
+            progress(len(views), len(views), PHASE)
+
+    def _make(self, views: Sequence[View], tell: Callable[[int], None]) -> dict[str, Latents]:
+        """Encode what is not there yet; returns what is kept in memory."""
         for done, view in enumerate(views, start=1):
             key = view.key(self.base)
             if self.kind == "memory":
@@ -127,8 +159,8 @@ class LatentCache:
                     self._kept[key] = encode(view, self.family)
             elif read_entry(self.entry(key)) is None:
                 write_entry(self.entry(key), encode(view, self.family))
-            if progress:
-                progress(done, len(views), "encoding pictures")
+            tell(done)
+        return self._kept
 
     def get(self, view: View) -> Latents:
         """The latents of a view: kept ones, or encoded now.
@@ -155,6 +187,17 @@ class LatentCache:
     def entry(self, key: str) -> Path:
         """The file of an entry; a folder for each first two digits keeps folders small."""
         return self.folder / key[:2] / f"{key}.latents"
+
+
+def _gathered(kept: Mapping[str, Latents]) -> Iterator[dict[str, Latents]]:
+    """What all processes keep, some pictures at a time: a device holds them on the way to another."""
+    from accelerate.utils import gather_object
+
+    names = list(kept)
+    most = max(gather_object([len(names)]))
+    for start in range(0, most, CHUNK):
+        part = {name: kept[name] for name in names[start : start + CHUNK]}
+        yield from gather_object([part])
 
 
 def write_entry(path: Path, latents: Latents) -> None:

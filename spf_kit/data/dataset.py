@@ -4,7 +4,7 @@
     batch = dataset.batch(seed, step, batch_size)
 
 `batch` keeps no position and draws no streamed random number. Resuming means asking for the next step, and
-two processes that ask for their halves get together what one process would have got.
+processes that ask for their shares get together what one process would have got.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from spf_kit.data.buckets import (
     batch_count,
     epoch_batches,
     nearest_bucket,
-    part_of_rank,
 )
-from spf_kit.data.cache import LatentCache, Latents, View
+from spf_kit.data.cache import LatentCache, Latents, Processes, View
 from spf_kit.data.captions import Caption, derive, fit, shuffled
 from spf_kit.data.check import Report, check, sizes_for, too_small, window
 from spf_kit.data.facts import facts
 from spf_kit.data.masks import Masks
 from spf_kit.data.pictures import Picture, Progress, Scan, scan
 from spf_kit.data.random import generator, uniform
+from spf_kit.data.split import Pass, Split
 from spf_kit.errors import UserError, nearest
 from spf_kit.schema import Data
 
@@ -56,6 +56,8 @@ class Batch:
     epoch: int
     masks: Tensor | None = None  # (B, 1, h, w) in [0, 1], of mask pictures where a loss reads them
     framing: Tensor | None = None  # (B, 6) int64: how each was cut, see `buckets.framing`
+    share: float = 1.0  # of the batch of all processes, see `split.Pass`
+    places: range = range(0)  # in that batch
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -108,8 +110,9 @@ class Dataset:
         clip_skip: int = 1,
         progress: Progress | None = None,
         masks: str | None = None,
+        processes: Processes | None = None,
     ) -> Dataset:
-        """Read, check and encode the pictures of `cfg.path`.
+        """Read, check and encode the pictures of `cfg.path`; several `processes` share the encoding out.
 
         `clip_skip` changes neither pictures nor captions; it is taken so that a caller can pass on all that a
         base model was loaded with. `masks` says where batches take their masks from, see `data/masks.py`.
@@ -130,7 +133,8 @@ class Dataset:
         ]
         cache = LatentCache(cfg.cache, family)
         flips = (False, True) if cfg.flip else (False,)
-        cache.prepare([View(e.picture, e.bucket, flip=flip) for e in entries for flip in flips], progress)
+        views = [View(e.picture, e.bucket, flip=flip) for e in entries for flip in flips]
+        cache.prepare(views, progress, processes)
         given = None if masks is None else Masks(masks)
         return cls(cfg, target, entries, report, family, cache, given)
 
@@ -161,18 +165,44 @@ class Dataset:
         micro: int = 0,
         accumulation: int = 1,
     ) -> Batch:
-        """The batch of process `rank` at `step`, a pure function of the arguments.
+        """The first pass of `passes`: all of it where the run was begun by as many processes as there are.
+
+        Args:
+            batch_size: samples of one process; the global batch, batch_size * world, is of one bucket.
+        """
+        return self.passes(seed, step, Split.of(batch_size, rank, world), micro, accumulation)[0]
+
+    def passes(
+        self, seed: int, step: int, split: Split, micro: int = 0, accumulation: int = 1
+    ) -> list[Batch]:
+        """What one process runs through the model of a batch, a pure function of the arguments.
 
         Args:
             step: optimizer steps done before, from 0.
-            batch_size: samples of one process; the global batch, batch_size * world, is of one bucket.
             micro: which of the `accumulation` batches of this step, from 0.
         """
-        if not (step >= 0 and 0 <= rank < world and 0 <= micro < accumulation and batch_size >= 1):
-            raise ValueError(f"no batch {micro}/{accumulation} of step {step} for process {rank}/{world}")
-        size = batch_size * world
-        epoch, place = divmod(step * accumulation + micro, self.batches_per_epoch(batch_size, world))
-        mine = part_of_rank(self._order(seed, epoch, size)[place], rank, world)
+        epoch, samples = self._samples_of(seed, step, split, micro, accumulation)
+        return [self._batch(seed, epoch, samples, own) for own in split.passes(len(samples))]
+
+    def whole(
+        self, seed: int, step: int, split: Split, micro: int = 0, accumulation: int = 1
+    ) -> tuple[list[int], list[Caption]]:
+        """`indices` and `captions` of the whole batch that the processes share, see `Batch`."""
+        epoch, samples = self._samples_of(seed, step, split, micro, accumulation)
+        captions = [self._draw(seed, epoch, sample)[1] for sample in samples]
+        return [epoch * len(self) + sample for sample in samples], captions
+
+    def _samples_of(
+        self, seed: int, step: int, split: Split, micro: int, accumulation: int
+    ) -> tuple[int, list[int]]:
+        """The epoch and its samples that are batch `micro` of `step`."""
+        if not (step >= 0 and 0 <= micro < accumulation):
+            raise ValueError(f"no batch {micro}/{accumulation} of step {step}")
+        epoch, place = divmod(step * accumulation + micro, self.batches_per_epoch(split.whole))
+        return epoch, self._order(seed, epoch, split.whole)[place]
+
+    def _batch(self, seed: int, epoch: int, samples: Sequence[int], own: Pass) -> Batch:
+        mine = [samples[place] for place in own.places]
         views, captions = zip(*(self._draw(seed, epoch, sample) for sample in mine))
         latents = [self._cache.get(view) for view in views]
         return Batch(
@@ -185,6 +215,8 @@ class Dataset:
             epoch=epoch,
             masks=self._given_masks(views, latents),
             framing=torch.tensor([view.framing for view in views]),
+            share=own.share,
+            places=own.places,
         )
 
     def still(self, entry: Entry) -> Latents:

@@ -245,7 +245,7 @@ class Rehearsal:
     def _updater(self, *, valued: bool) -> Updater:
         """The trainer's; without values, an optimizer that needs some is counted instead."""
         train = self.config.train
-        processes = session.accelerator(train.model_copy(update={"mixed_precision": "no"}))
+        processes: Any = SimpleNamespace(scaler=None, num_processes=1)  # of an accelerator in float32
         counted = not valued and needs_values(train)
         build = Counted.build if counted else optimizers.build
         with self.tracker, self.tracker.part(OPTIMIZER):

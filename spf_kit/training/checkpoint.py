@@ -1,9 +1,10 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 `checkpoints/step-000200/` holds `adapter.safetensors` (the weights in training, float32), `state.pt`
-(optimizer, scaler, EMA, plugins, walks, the best step so far) and `checkpoint.json` (step, threads,
-processes, hashes of what is frozen, versions). A checkpoint is written beside and renamed, so that a folder
-of that name is complete.
+(optimizer, scaler, EMA, plugins, walks, the best step so far) and `checkpoint.json` (step, threads, how many
+processes began the run, hashes of what is frozen, versions). Nothing in it belongs to one process, so that
+any number of them can go on from it.
+A checkpoint is written beside and renamed, so that a folder of that name is complete.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ class Checkpoint:
 
     step: int
     threads: int
-    processes: int
+    processes: int  # that began the run: the samples in a batch are those of so many
     adapter: Mapping[str, Tensor]
     updater: Mapping[str, Any]
-    plugins: list[dict[str, Any]]  # for each process, each plugin's state by id
-    walks: list[dict[str, Any]] = field(default_factory=list)  # for each process
+    plugins: Mapping[str, dict[str, Any]]  # each plugin's state by id
+    walks: Mapping[str, Any] = field(default_factory=dict)
     selection: Mapping[str, Any] = field(default_factory=dict)  # the best step so far, with its weights
     frozen: Mapping[str, str] = field(default_factory=dict)  # what lies under the adapter, and its hash
 
@@ -93,7 +94,7 @@ def load(path: Path) -> Checkpoint:
             adapter,
             state["updater"],
             state["plugins"],
-            state.get("walks", []),
+            state.get("walks", {}),
             state.get("selection", {}),
             facts.get("frozen", {}),
         )

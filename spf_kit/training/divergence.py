@@ -43,20 +43,24 @@ def check_finite(s: Session, number: int, numbers: Numbers, outcomes: Sequence[O
     )
     kind = "NaN" if math.isnan(bad[1]) else "infinite"
     raise TrainingDiverged(
-        f"{bad[0]} became {kind} at step {number} ({_where(outcomes)}); {kept}; "
+        f"{bad[0]} became {kind} at step {number} ({_where(s, outcomes)}); {kept}; "
         f"look at these pictures, or lower train.learning_rate = {s.config.train.learning_rate}"
     )
 
 
-def _where(outcomes: Sequence[Outcome]) -> str:
+def _where(s: Session, outcomes: Sequence[Outcome]) -> str:
     """Timesteps and pictures of the bad samples, or of all where no sample's own value is bad."""
     rows = [
         (float(t), name, i not in spoilt)
         for outcome, spoilt in ((outcome, _spoilt(outcome)) for outcome in outcomes)
         for i, (t, name) in enumerate(zip(outcome.timesteps.tolist(), outcome.sample_ids))
     ]
-    bad = [(t, name) for t, name, good in rows if not good] or [(t, name) for t, name, _ in rows]
     priors = [name for outcome in outcomes for name in outcome.prior_ids]
+    if s.accelerator.num_processes > 1:  # all are here, for all have the same numbers
+        from accelerate.utils import gather_object
+
+        rows, priors = gather_object(rows), gather_object(priors)
+    bad = [(t, name) for t, name, good in rows if not good] or [(t, name) for t, name, _ in rows]
     timesteps, pictures = ", ".join(f"{t:g}" for t, _ in bad), ", ".join(name for _, name in bad)
     return f"timesteps {timesteps}; pictures {pictures}" + (
         f"; prior pictures {', '.join(priors)}" if priors else ""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from spf_kit import families
+from spf_kit import families, launch
 from spf_kit.adapters.fit import check_family
 from spf_kit.adapters.index import index
 from spf_kit.adapters.weights import parse
@@ -32,7 +32,7 @@ def check(resolved: Resolved) -> Checked:
     """Everything that `train` checks, without training. Raises UserError with all that is wrong."""
     config, train = resolved.config, resolved.config.train
     session.check(resolved)
-    session.accelerator(train)
+    session.check_devices(train)
     family = families.load(config.base, device=device())
     plugins, idle = tools.split_by_clip(resolved.plugins, config, family)
     stages.check(plugins)
@@ -43,7 +43,7 @@ def check(resolved: Resolved) -> Checked:
     pictures, report = survey(config.data, config.attribute.target, family, masks=masks)
     report.raise_errors()
     samples = sum(picture.repeats for picture in pictures)
-    per_step = train.batch_size * train.gradient_accumulation
+    per_step = train.batch_size * train.gradient_accumulation * launch.count()
     steps = math.ceil(train.epochs * samples / per_step) if train.epochs else train.steps
     info = {
         "pictures": len(pictures),
@@ -55,6 +55,9 @@ def check(resolved: Resolved) -> Checked:
     summary = [
         f"{len(pictures)} pictures, {samples} samples an epoch; {steps} steps of {per_step} samples are "
         f"{info['epochs']:g} epochs",
-        *(f"warning: {line}" for line in (*report.lines(), *optimizers.advice(train), *idle)),
+        *(
+            f"warning: {line}"
+            for line in (*report.lines(), *optimizers.advice(train), *launch.advice(), *idle)
+        ),
     ]
     return Checked(family, info, summary)

@@ -15,6 +15,7 @@ from spf_kit.losses import Prior
 from spf_kit.schema import Config
 
 if TYPE_CHECKING:
+    from spf_kit.data.cache import Processes
     from spf_kit.families.base import Family
 
 Progress = Callable[[int, int, str], None]
@@ -47,7 +48,9 @@ def draw(
             (temporary / f"{number:05d}{config.data.caption_extension}").write_text(text, encoding="utf-8")
 
 
-def prepare(config: Config, family: Family, folder: Path, progress: Progress) -> Dataset:
+def prepare(
+    config: Config, family: Family, folder: Path, progress: Progress, processes: Processes | None = None
+) -> Dataset:
     """The prior pictures as data: each once an epoch, as they are, captions unshuffled and never dropped."""
     plain = {
         "path": str(folder),
@@ -59,5 +62,6 @@ def prepare(config: Config, family: Family, folder: Path, progress: Progress) ->
     }
     data = config.data.model_copy(update=plain)
     return Dataset.prepare(
-        data, config.attribute.target, family, clip_skip=config.base.clip_skip, progress=progress
-    )
+        data, config.attribute.target, family, clip_skip=config.base.clip_skip, progress=progress,
+        processes=processes,
+    )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from spf_kit.errors import UserError
+from spf_kit.files import content_hash
 from spf_kit.training import checkpoint
 from spf_kit.training.checkpoint import Checkpoint
 from spf_kit.training.run_folder import RunFolder
@@ -14,43 +15,53 @@ if TYPE_CHECKING:
 
 
 def save(s: Session, number: int) -> None:
-    """Write the state after step `number`; each process adds its plugins' state, the main one writes."""
-    states = [({plugin.id: plugin.state_dict() for plugin in s.plugins}, s.walks.state_dict())]
-    if s.accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        states = gather_object(states)
+    """Write the state after step `number`. It is the same in all processes; the main one writes."""
     if s.accelerator.is_main_process:
+        train = s.config.train
         saved = Checkpoint(
             number,
             s.threads,
-            s.accelerator.num_processes,
+            s.split.whole // train.batch_size,
             s.handle.state_dict(),
             s.updater.state_dict(),
-            [plugins for plugins, _ in states],
-            [walks for _, walks in states],
+            {plugin.id: plugin.state_dict() for plugin in s.plugins},
+            s.walks.state_dict(),
             s.selection.state_dict() if s.selection else {},
             s.frozen,
         )
-        checkpoint.save(s.folder.checkpoints, saved, keep=s.config.train.keep_checkpoints)
+        checkpoint.save(s.folder.checkpoints, saved, keep=train.keep_checkpoints)
     s.accelerator.wait_for_everyone()
 
 
-def newest(folder: RunFolder, processes: int) -> Checkpoint | None:
+def newest(folder: RunFolder) -> Checkpoint | None:
     """The newest checkpoint; None where the run was killed before the first.
 
-    Raises UserError if it cannot be read or is of another number of processes.
+    Raises UserError if it cannot be read.
     """
     found = checkpoint.steps(folder.checkpoints)
-    if not found:
-        return None
-    saved = checkpoint.load(checkpoint.path_of(folder.checkpoints, found[-1]))
-    if saved.processes != processes:
-        raise UserError(
-            f"the run in {str(folder.path)!r} was started with {saved.processes} processes, not {processes}: "
-            "resume it with as many"
-        )
-    return saved
+    return checkpoint.load(checkpoint.path_of(folder.checkpoints, found[-1])) if found else None
+
+
+def agree(s: Session, saved: Checkpoint | None) -> None:
+    """Raises UserError where processes, as on several machines, see other files."""
+    if s.accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    pictures = {entry.picture.sample_id: entry.picture.content_hash for entry in s.dataset.entries}
+    mine = {
+        **s.frozen,
+        "the configuration": s.config.model_dump_json(),
+        f"the pictures in {s.config.data.path!r}": content_hash(pictures),
+        f"the newest checkpoint in {str(s.folder.path)!r}": str(saved and saved.step),
+    }
+    for theirs in gather_object([mine]):
+        differing = [name for name, value in theirs.items() if mine.get(name) != value]
+        if differing:
+            raise UserError(
+                f"the processes of this run do not see the same: {' and '.join(differing)}; give all "
+                "machines the same files, and the run folder on a disk that they share"
+            )
 
 
 def restore(s: Session, saved: Checkpoint) -> int:
@@ -72,9 +83,7 @@ def restore(s: Session, saved: Checkpoint) -> int:
     s.updater.load_state_dict(saved.updater)
     if s.selection:
         s.selection.load_state_dict(saved.selection)
-    states = saved.plugins[s.accelerator.process_index]
     for plugin in s.plugins:
-        plugin.load_state_dict(states.get(plugin.id, {}))
-    if saved.walks:
-        s.walks.load_state_dict(saved.walks[s.accelerator.process_index], s.family.device)
+        plugin.load_state_dict(saved.plugins.get(plugin.id, {}))
+    s.walks.load_state_dict(saved.walks, s.family.device)
     return saved.step

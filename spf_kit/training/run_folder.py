@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spf_kit import launch
 from spf_kit.errors import Interrupted, UserError
 from spf_kit.files import atomic
 
@@ -87,7 +88,7 @@ class RunFolder:
 
     def how_to_resume(self, plugin_files: Sequence[Path] = ()) -> str:
         """The command that goes on, with every option the run was started with: they are in config.toml."""
-        parts = ["spf-kit", "train", str(self.config), "--output", str(self.path), "--resume"]
+        parts = [*launch.command(), "train", str(self.config), "--output", str(self.path), "--resume"]
         for file in plugin_files:
             parts += ["--plugin", str(file)]
         return " ".join(f'"{part}"' if " " in part else part for part in parts)

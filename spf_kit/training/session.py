@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch.optim import Optimizer
 
-from spf_kit import families
+from spf_kit import families, launch
 from spf_kit.adapters.earlier import Earlier
 from spf_kit.adapters.inject import AdapterHandle
 from spf_kit.data.dataset import Dataset
-from spf_kit.data.random import key_seed
+from spf_kit.data.split import Split
 from spf_kit.errors import UserError
 from spf_kit.losses import Mask, Plugin
 from spf_kit.schema import Config, Train
-from spf_kit.training import machine, modes, optimizers, prior, stages, tools
+from spf_kit.training import machine, modes, optimizers, parts, prior, stages, tools
 from spf_kit.training.drift import Probe
 from spf_kit.training.logs import Report
 from spf_kit.training.preview import Preview
 from spf_kit.training.run_folder import RunFolder
 from spf_kit.training.selection import Selection
-from spf_kit.training.step import Draws, Model, Outcome, noised, run_step
+from spf_kit.training.step import Draws, Model, Noised, Outcome, noised
 from spf_kit.training.text import TextCache
 from spf_kit.training.update import Updater
 from spf_kit.training.walks import Walks
@@ -59,6 +61,7 @@ class Session:
     earlier: Earlier  # LoRAs under the adapter; never switched off
     frozen: Mapping[str, str]  # what lies under the adapter, by a name for messages, and its hash
     walks: Walks
+    split: Split  # which samples of a batch are this process's
     selection: Selection | None = None  # where drift is measured
 
     def phase(self, name: str) -> Callable[[int, int, str], None]:
@@ -66,27 +69,20 @@ class Session:
         return phase(self.report, name)
 
     def forward(self, number: int, micro: int) -> Outcome:
-        """One micro-batch of step `number`, from pictures to losses."""
-        progress = (number - 1) / self.total
-        batch = self._batch(self.dataset, self.config.train.seed, number, micro)
-        at_t = self._noised(batch, "noise")
-        prior_batch = None
-        if self.prior and stages.union(stages.active(self.plugins, progress)).prior:
-            pictures = self._batch(self.prior, key_seed(self.config.train.seed, "prior"), number, micro)
-            prior_batch = self._noised(pictures, "prior noise"), pictures
-        return run_step(
-            self.model, at_t, batch.captions, batch.sample_ids, self.plugins,
-            number=number, progress=progress, prior=prior_batch, walks=self.walks,
-        )  # fmt: skip
+        """One micro-batch of step `number` where it is one pass, from pictures to losses."""
+        (outcome,) = self.passes(number, micro)
+        return outcome
 
-    def _batch(self, data: Dataset, seed: int, number: int, micro: int) -> Batch:
-        train, process = self.config.train, self.accelerator
-        return data.batch(
-            seed, number - 1, train.batch_size, rank=process.process_index, world=process.num_processes,
-            micro=micro, accumulation=train.gradient_accumulation,
-        )  # fmt: skip
+    def passes(self, number: int, micro: int) -> Iterator[Outcome]:
+        """As `forward`, in as many passes as it takes, see `parts.passes`."""
+        return parts.passes(self, number, micro)
 
-    def _noised(self, batch: Batch, kind: str) -> Any:
+    def batches(self, data: Dataset, seed: int, number: int, micro: int) -> list[Batch]:
+        """This process's part of a micro-batch, a batch for each pass."""
+        return data.passes(seed, number - 1, self.split, micro, self.config.train.gradient_accumulation)
+
+    def noised(self, batch: Batch, kind: str) -> Noised:
+        """z_t of a batch, by random numbers of this kind."""
         train = self.config.train
         draws = Draws.keyed(batch.mean.shape, train.seed, kind, batch.indices)
         return noised(self.family.noise, batch, draws, train.noise_offset, self.family.device)
@@ -99,20 +95,42 @@ def check(resolved: Resolved) -> None:
 
 
 def accelerator(train: Train) -> Accelerator:
-    """accelerate's view of devices, processes and precision. Raises UserError for fp16 without a GPU."""
+    """accelerate's view of devices, processes and precision.
+
+    Raises UserError if they cannot be had.
+    """
+    check_devices(train)
     AcceleratorState._reset_state()  # or a second run in one process could not have another precision
+    if launch.count() == 1:
+        return Accelerator(mixed_precision=train.mixed_precision)
+    # The main process draws while the others wait, and that may take longer than the ten minutes after which
+    # a process group gives up. The launcher ends all as soon as one has ended, so nothing waits in vain.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    # or accelerate would take each process on a machine without a GPU for a run of its own
+    cpu = torch.accelerator.current_accelerator() is None or torch.backends.mps.is_available()
+    return Accelerator(mixed_precision=train.mixed_precision, cpu=cpu, kwargs_handlers=[patient])
+
+
+def check_devices(train: Train) -> None:
+    """Raises UserError for what this machine has no device for: fp16, or more processes than GPUs."""
     if train.mixed_precision == "fp16" and machine.device() == "cpu":
         raise UserError("train.mixed_precision = 'fp16' needs a GPU and there is none: use 'bf16' or 'no'")
-    return Accelerator(mixed_precision=train.mixed_precision)
+    launch.check(torch.cuda.device_count())
 
 
 def open_session(
-    resolved: Resolved, folder: RunFolder, processes: Accelerator, report: Report, threads: int | None
+    resolved: Resolved,
+    folder: RunFolder,
+    processes: Accelerator,
+    report: Report,
+    threads: int | None,
+    began: int | None = None,
 ) -> Session:
     """Load the base, check and encode the data, put the adapter on.
 
     Args:
         threads: of the run that is resumed; None chooses.
+        began: how many processes began the run that is resumed; None: as many as there are.
     """
     config = resolved.config
     plugins = [plugin.model_copy(deep=True) for plugin in resolved.plugins]  # they keep state
@@ -135,9 +153,16 @@ def open_session(
         dataset = Dataset.prepare(
             config.data, config.attribute.target, family,
             clip_skip=config.base.clip_skip, progress=phase(report, "reading pictures"),
-            masks=stages.union(plugins).picture_masks,
+            masks=stages.union(plugins).picture_masks, processes=processes,
         )  # fmt: skip
-    warnings = [*dataset.report.lines(), *optimizers.advice(config.train), *idle]
+    split = Split.of(config.train.batch_size, processes.process_index, processes.num_processes, began)
+    warnings = [
+        *dataset.report.lines(),
+        *optimizers.advice(config.train),
+        *launch.advice(),
+        *split.advice(),
+        *idle,
+    ]
     report(len(dataset), len(dataset), {"phase": "reading pictures", "warnings": warnings})
     if processes.is_main_process and not folder.config.is_file():
         folder.claim(resolved)
@@ -159,11 +184,11 @@ def open_session(
         spans=phrases.spans if phrases else None,
         tools=tools.build(needs, family, handle, phrases, clip, linear),
     )  # fmt: skip
-    total = steps(config, dataset, processes.num_processes)
+    total = steps(config, dataset, split)
     opened = Session(
         config, folder, processes, family, handle, model, dataset, prior_data, plugins,
         updater(config, handle, total, processes), _preview(config, model, dataset, plugins, report),
-        total, threads, report, earlier, frozen, Walks(family.noise),
+        total, threads, report, earlier, frozen, Walks(family.noise), split,
     )  # fmt: skip
     opened.selection = _selection(opened)
     return opened
@@ -192,12 +217,12 @@ def _preview(
     return Preview(config, model, config.preview.prompts or base_prompts(dataset), masks, warn(report))
 
 
-def steps(config: Config, dataset: Dataset, processes: int) -> int:
+def steps(config: Config, dataset: Dataset, split: Split) -> int:
     """Optimizer steps of the run, from `steps` or `epochs`."""
     train = config.train
     if train.epochs is None:
         return train.steps
-    return dataset.steps(train.epochs, train.batch_size, processes, train.gradient_accumulation)
+    return dataset.steps(train.epochs, split.whole, accumulation=train.gradient_accumulation)
 
 
 def base_prompts(dataset: Dataset) -> list[str]:
@@ -222,7 +247,7 @@ def _prior(
     if not wanted.path and processes.is_main_process:
         prior.draw(wanted, config, family, prompts, place, phase(report, "drawing prior pictures"))
     processes.wait_for_everyone()
-    return prior.prepare(config, family, place, phase(report, "reading prior pictures"))
+    return prior.prepare(config, family, place, phase(report, "reading prior pictures"), processes)
 
 
 class HasTexts(Protocol):

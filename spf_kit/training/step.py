@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from spf_kit.data.dataset import Batch
     from spf_kit.families.base import Condition, Family
     from spf_kit.families.noise import NoiseProcess
-    from spf_kit.training.walks import Walks
+    from spf_kit.training.walks import Walker
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def run_step(
     number: int,
     progress: float,
     prior: tuple[Noised, Batch] | None = None,
-    walks: Walks | None = None,
+    walks: Walker | None = None,
+    share: float = 1.0,
 ) -> Outcome:
     """One forward: every pass that an active plugin needs, once, then masks and losses in their order.
 
@@ -186,6 +187,7 @@ def run_step(
     Args:
         prior: z'_t' of prior pictures, where an active plugin needs them.
         walks: of the samples on the plain path, where an active plugin needs them; they go one step on.
+        share: what these samples are of the whole batch. The losses of all its parts add up to the whole's.
 
     Raises:
         UserError: a plugin returned another shape than it must.
@@ -221,9 +223,11 @@ def run_step(
                 plain_masks[plugin.id] = _mask(plugin, plugin.of_plain, steps["plain"].seen_by(plugin))
         elif isinstance(plugin, Loss):
             value = _checked(plugin, plugin(seen), None) if count else total.new_zeros(0)
-            terms[plugin.id] = value.detach().float()
+            part = prior[1].share if prior and plugin.needs.prior else share
+            terms[plugin.id] = (value if part else value[:0]).detach().float()
             if count:  # each sample counts alike, however many of a batch take which path
-                total = total + plugin.weight * (count / len(captions)) * value.float().mean()
+                factor = plugin.weight * (part * count / len(captions))
+                total = total + factor * value.float().mean()
     prior_ids = prior[1].sample_ids if prior else ()
     seen_rows = {p.id: rows[p.needs.path] for p in acting if p.id in terms and not p.needs.prior}
     return Outcome(total, terms, batch.timesteps, sample_ids, prior_ids, masks, seen_rows)

@@ -51,6 +51,7 @@ class TrainResult:
     handle: AdapterHandle
     captions: list[str]  # the different c_base of the data
     earlier: Earlier  # the LoRAs under it, on too
+    main: bool = True  # of several processes the one that measures and draws what was trained
     selected: Selected | None = None  # where drift was measured
 
 
@@ -77,12 +78,14 @@ def train(
             folder.check(resolved, resume=resume)
             checkpoint.clean(folder.checkpoints)
         processes.wait_for_everyone()
-        saved = resuming.newest(folder, processes.num_processes) if resume else None
+        saved = resuming.newest(folder) if resume else None
         how_to_resume = folder.how_to_resume(files_of(resolved.plugins))
         with folder.preparing(how_to_resume):
             s = session.open_session(
-                resolved, folder, processes, report or (lambda *_: None), saved.threads if saved else None
-            )
+                resolved, folder, processes, report or (lambda *_: None),
+                threads=saved.threads if saved else None, began=saved.processes if saved else None,
+            )  # fmt: skip
+            resuming.agree(s, saved)
             start = resuming.restore(s, saved) if saved else 0
             if processes.is_main_process:
                 folder.claim(resolved)  # what may change, only once nothing refuses it any more
@@ -91,7 +94,7 @@ def train(
     captions = session.base_prompts(s.dataset)
     return TrainResult(
         lora, folder.path, s.total, time.time() - started, s.family, s.handle, captions, s.earlier,
-        s.selection.chosen() if s.selection else None,
+        processes.is_main_process, s.selection.chosen() if s.selection else None,
     )  # fmt: skip
 
 
@@ -105,8 +108,9 @@ def _loop(s: Session, resolved: Resolved, start: int, how_to_resume: str) -> Non
             torch.manual_seed(key_seed(s.config.train.seed, "torch", number, s.accelerator.process_index))
             outcomes = []
             for micro in range(s.config.train.gradient_accumulation):
-                outcomes.append(s.forward(number, micro))
-                s.updater.backward(outcomes[-1].loss)
+                for outcome in s.passes(number, micro):
+                    s.updater.backward(outcome.loss)
+                    outcomes.append(outcome)
             numbers = _read(s, outcomes, s.updater.gradients(), stop.requested)
             check_finite(s, number, numbers, outcomes)  # before the update: the weights stay good
             rates = s.updater.apply(number)
@@ -130,18 +134,19 @@ def _read(s: Session, outcomes: Sequence[Outcome], norm: Tensor, stop: bool) -> 
     """All of a step's numbers in one transfer from the device: it has to wait for the step only once."""
     names = list(outcomes[0].terms)
     values = [torch.cat([outcome.terms[name] for outcome in outcomes]) for name in names]
-    loss = torch.stack([outcome.loss.detach() for outcome in outcomes]).mean()
-    others = [loss, norm.detach(), loss.new_tensor(float(stop))]
+    loss = torch.stack([outcome.loss.detach() for outcome in outcomes]).sum()
+    loss = loss / s.config.train.gradient_accumulation
     counts = loss.new_tensor([float(len(term)) for term in values])  # a term may have met no sample
-    vector = torch.cat([torch.stack([term.sum() for term in values]), counts, torch.stack(others)])
+    sums = torch.stack([*(term.sum() for term in values), loss, loss.new_tensor(float(stop))])
+    vector = torch.cat([counts, sums])
     if s.accelerator.num_processes > 1:
-        vector = s.accelerator.reduce(vector, "mean")
-    numbers = vector.tolist()
+        vector = s.accelerator.reduce(vector, "sum")
+    numbers = torch.cat([vector, norm.detach().view(1)]).tolist()
     terms = {
-        name: total / count for name, total, count in zip(names, numbers, numbers[len(names) :]) if count
+        name: total / count for name, count, total in zip(names, numbers, numbers[len(names) :]) if count
     }
-    loss_mean, length, stops = numbers[-3:]
-    return Numbers(loss_mean, terms, length, stops > 0)
+    mean, stops, length = numbers[-3:]
+    return Numbers(mean, terms, length, stops > 0)
 
 
 def _line(
@@ -223,12 +228,12 @@ def _finish(s: Session, resolved: Resolved, started: float) -> Path:
         begun = s.folder.config.stat().st_mtime
         facts = Run(
             steps=s.total,
-            batches_per_epoch=s.dataset.batches_per_epoch(train.batch_size, s.accelerator.num_processes),
+            batches_per_epoch=s.dataset.batches_per_epoch(s.split.whole),
             started_at=min(begun, started),
             finished_at=time.time(),
             session_id=str(int(content_hash({"config": resolved.to_toml(), "begun": repr(begun)})[:8], 16)),
             prediction_type=s.family.noise.prediction_type,
-            processes=s.accelerator.num_processes,
+            processes=s.split.whole // train.batch_size,
             regularisation_pictures=len(s.prior) if s.prior else 0,
         )
         lora = s.handle.to_lora_file(

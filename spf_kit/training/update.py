@@ -45,22 +45,38 @@ class Updater:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch."""
+        if not loss.requires_grad:  # no loss of this stage acts on these samples
+            return
         loss = loss / self.accumulation
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
     def gradients(self) -> Tensor:
-        """Average over processes, undo the loss scale, clip. Returns the norm before, still on the device."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.accelerator.num_processes > 1 and gradients:
-            # The adapter is small: one flat message costs less than DistributedDataParallel's buckets, and
-            # works however many forward passes a step has.
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            flat = self.accelerator.reduce(flat, "mean")
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-                gradient.copy_(part.view_as(gradient))
+        """Add up over processes, undo the loss scale, clip. Returns the norm before, still on the device."""
+        if self.accelerator.num_processes > 1:
+            self._add_up()
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+
+    def _add_up(self) -> None:
+        """The gradient of the whole batch, of which each process has that of its share.
+
+        DistributedDataParallel would do it inside `backward`, once for each forward pass that went through
+        its wrapper; a step has several, some without gradient, and its passes go around any wrapper (taps,
+        the pipeline of a preview). An adapter is small: one flat message at the end costs less than buckets.
+        """
+        here = [p.grad is not None for p in self.parameters]
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor(here)])
+        flat = self.accelerator.reduce(flat, "sum")
+        *sums, counts = flat.split([*(g.numel() for g in gradients), len(here)])
+        # where no process has one there is none, so that an optimizer leaves the parameter alone
+        there = here if all(here) else (counts > 0).tolist()
+        for p, gradient, total, found in zip(self.parameters, gradients, sums, there):
+            gradient.copy_(total.view_as(gradient))
+            p.grad = gradient if found else None
 
     def apply(self, number: int) -> dict[str, float]:
         """The update of step `number`. Returns the learning rates by component.

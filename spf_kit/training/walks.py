@@ -7,6 +7,9 @@ prediction that the reference path has made anyway: what a sampler meets on a pl
 
     x0 = clean(z_t, eps_ref, t)    z_t' = a_t' x0 + s_t' eps_ref    t' = t - stride, until it is below 0
 
+Several processes keep the same pool: each finds out for the whole batch which sample takes which walk, and
+all learn the predictions of all (`Together`).
+
 Shapes: B samples, C latent channels, h x w latent size.
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,8 +39,18 @@ class Walk:
     stride: float = 0.0  # of the next step, in timesteps
 
 
+class Walker(Protocol):
+    """Gives samples of a batch their walks."""
+
+    def place(
+        self, batch: Noised, texts: Sequence[str | None], steps: int
+    ) -> tuple[Noised, list[str | None]]: ...
+
+    def advance(self, predictions: Tensor) -> None: ...
+
+
 class Walks:
-    """The walks of one process. Which one a sample takes depends on the samples before it alone."""
+    """The walks of a run. Which one a sample takes depends on the samples before it alone."""
 
     def __init__(self, process: NoiseProcess) -> None:
         self.process = process
@@ -107,3 +120,47 @@ class Walks:
         self.waiting = [
             Walk(w["noisy"].to(device), w["timestep"].to(device), w["text"]) for w in state.get("walks", [])
         ]
+
+
+class Together:
+    """The walks of a batch that is run in parts, some of them by other processes."""
+
+    def __init__(self, walks: Walks, batch: Noised, texts: Sequence[str | None], steps: int) -> None:
+        """`batch` and `texts`: of the whole. Only noise, timesteps and the latents' size are looked at."""
+        self.walks = walks
+        self.batch, self.texts = walks.place(batch, texts, steps)
+        self.predictions: dict[int, Tensor] = {}  # of this process: by place in the whole batch, (C, h, w)
+
+    def part(self, places: range) -> Part:
+        """The walks of some samples."""
+        return Part(self, places)
+
+    def advance(self, predictions: Mapping[int, Tensor]) -> None:
+        """One step of all walks, with the predictions of all parts."""
+        rows = [predictions[place] for place, text in enumerate(self.texts) if text is not None]
+        if rows:
+            self.walks.advance(torch.stack(rows).to(self.batch.noise.device))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The walks of the samples of one pass."""
+
+    whole: Together
+    places: range
+
+    def place(
+        self, batch: Noised, texts: Sequence[str | None], steps: int
+    ) -> tuple[Noised, list[str | None]]:
+        """As `Walks.place`, of what has been found out for the whole batch."""
+        whole, noisy, timesteps = self.whole, batch.noisy_latents.clone(), batch.timesteps.clone()
+        for row, place in enumerate(self.places):
+            if texts[row] is not None:
+                noisy[row], timesteps[row] = whole.batch.noisy_latents[place], whole.batch.timesteps[place]
+        told = [whole.texts[place] for place in self.places]
+        return replace(batch, noisy_latents=noisy, timesteps=timesteps), told
+
+    def advance(self, predictions: Tensor) -> None:
+        """Keep them until those of the whole batch are there."""
+        taken = [place for place in self.places if self.whole.texts[place] is not None]
+        self.whole.predictions |= dict(zip(taken, predictions.detach().cpu(), strict=True))

@@ -36,10 +36,15 @@ def train(resolved: Resolved, run: Path, *, resume: bool, console: Console) -> N
 
 
 def _train(resolved: Resolved, run: Path, watch: Watch, *, resume: bool, console: Console) -> dict[str, Any]:
+    from accelerate import PartialState
+
     from spf_kit.training import trainer
 
     with console.training() as report:
         result = trainer.train(resolved, run, resume=resume, report=watch.over(report))
+    PartialState().destroy_process_group()  # of several processes; what follows is one's work
+    if not result.main:
+        return {}
     console.say(f"LoRA: {result.lora}")
     printed: dict[str, Any] = {"lora": str(result.lora), "run": str(result.run), "steps": result.steps}
     if chosen := result.selected:

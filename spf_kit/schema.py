@@ -42,6 +42,10 @@ class Base(Section):
         None, description="keep the UNet's linear layers in 8-bit floats, 8-bit integers or 4 bits"
     )
     attention: Literal["sdpa", "xformers", "sliced"] = Field("sdpa", description="attention backend")
+    vae_tiling: bool = Field(
+        False, description="encode and decode in tiles what is larger than the VAE's own size: less memory"
+    )
+    vae_slicing: bool = Field(False, description="decode the pictures of a batch one by one: less memory")
     clip_skip: int = Field(
         1, ge=1, le=12, description="text layer counted from the end; 2 for most anime models of SD 1.5"
     )

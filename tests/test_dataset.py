@@ -34,6 +34,7 @@ class FakeFamily:
     """A VAE that averages squares of 4 x 4 pixels: linear, so that its latents mirror with the picture."""
 
     latent_factor = 4
+    vae_tiling = False
     dtype = torch.float32
     device = torch.device("cpu")
 

@@ -32,6 +32,7 @@ SHAPES = [(150, 90), (90, 150), (64, 64), (203, 160), (80, 64), (131, 77)]
 class FakeFamily:
     """A VAE that averages squares of 4 x 4 pixels: its latents show the picture itself."""
 
+    vae_tiling = False
     latent_factor = 4
     dtype = torch.float32
     device = torch.device("cpu")

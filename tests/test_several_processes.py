@@ -54,6 +54,7 @@ RECIPES: dict[str, tuple[str, int, list[str]]] = {
          "loss.keep.weight=3.0"],
     ),
 }  # fmt: skip
+RESUMED = {"naive": (1, 2), "spf": (2, 1), "walks": (2, 3)}
 
 WORKER = """
 import json, os
@@ -139,6 +140,7 @@ class Runs:
     one: Path  # in one process
     two: Path  # in two, each with half of the batch
     resolved: dict[int, Resolved]  # by the number of processes
+    resumed: tuple[int, int]  # from so many processes to so many
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -156,7 +158,7 @@ def runs(
         )
         for count in (1, 2)
     }
-    made = Runs(folder / "one", folder / "two", resolved)
+    made = Runs(folder / "one", folder / "two", resolved, RESUMED[request.param])
     started = [*train(start, 1, resolved[1], made.one), *train(start, 2, resolved[2], made.two)]
     finish(*started)
     return made
@@ -178,11 +180,11 @@ def test_the_encoding_is_shared_out(runs: Runs) -> None:
     assert abs(len(parts[0]) - len(parts[1])) <= 2  # one for the data, one for prior pictures
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_with_the_same_batches(
-    before: int, after: int, runs: Runs, start: Start, tmp_path: Path
+    runs: Runs, start: Start, tmp_path: Path
 ) -> None:
     """From the middle: the curve is that of the run that was never stopped."""
+    before, after = runs.resumed
     straight, run = runs.one if before == 1 else runs.two, tmp_path / "run"
     shutil.copytree(straight, run)
     (run / "glasses.safetensors").unlink()
@@ -258,6 +260,28 @@ def test_an_error_ends_all_with_one_sentence(name: str, start: Start, pictures: 
     if "step" not in name and "defect" not in name:
         assert not (tmp_path / "run").exists()
     assert not (tmp_path / "run" / "glasses.safetensors").exists()
+
+
+def test_processes_that_see_other_files_are_refused(start: Start, pictures: Path, tmp_path: Path) -> None:
+    """As on two machines, one of which has another picture in another place."""
+    run, output = tmp_path / "run", tmp_path / "output"
+    workers = []
+    for environment in environments(2):
+        machine = tmp_path / f"machine-{environment['RANK']}"
+        shutil.copytree(pictures, machine / "pictures")
+        if environment["RANK"] == "1":
+            one, other, *_ = sorted((machine / "pictures").glob("*.png"))
+            shutil.copy(one, other)
+        arguments = ["train", "glasses", "--data", "pictures", "--recipe", "naive", "--output", str(run)]
+        arguments += [word for setting in SMALL for word in ("--set", setting)]
+        given = {"environment": environment, "arguments": arguments, "output": str(output)}
+        workers.append(start(exec, f"import os\nos.chdir({str(machine)!r})\n{COMMAND}", given))
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [2, 2], output.read_text()
+    told = "the processes of this run do not see the same: the configuration and the pictures;"
+    assert output.read_text().count(told) == 1
+    assert not run.exists()
 
 
 def test_a_signal_to_one_stops_all_and_the_state_is_saved(

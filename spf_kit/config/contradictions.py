@@ -64,6 +64,7 @@ def check_sections(
             f"data.resolution = {data.resolution}: must be at least data.bucket_step = {data.bucket_step}",
         )
     _check_selection(config, origins, wrong, problems)
+    _check_precision(config, origins, wrong, problems)
     _check_kind(config, origins, wrong, problems)
     targets = config.adapter.targets
     if len(set(targets)) < len(targets):
@@ -72,6 +73,21 @@ def check_sections(
             origins["adapter.targets"], f"adapter.targets = {show(targets)}: {twice!r} stands in it twice"
         )
     _check_earlier(config, origins, problems)
+
+
+def _check_precision(config: Config, origins: Origins, wrong: set[str], problems: Problems) -> None:
+    """Two half types do not meet in one operation."""
+    held, computed = config.base.dtype, config.train.mixed_precision
+    types = {"fp16": "float16", "bf16": "bfloat16"}
+    if {"base.dtype", "train.mixed_precision"} & wrong or held == "float32" or computed == "no":
+        return
+    if types[computed] != held:
+        problems.add(
+            origins["train.mixed_precision"],
+            f"train.mixed_precision = {show(computed)}: computes in {types[computed]}, but base.dtype = "
+            f"{show(held)} ({origins['base.dtype']}) holds the weights in the other half precision; take "
+            f"base.dtype = {show(types[computed])} or 'float32'",
+        )
 
 
 def _check_kind(config: Config, origins: Origins, wrong: set[str], problems: Problems) -> None:

@@ -124,6 +124,8 @@ class LatentCache:
         self.kind = kind
         self.family = family
         self.base = f"{family.base_hash()}/{family.dtype}" if kind != "none" else ""
+        if family.vae_tiling:
+            self.base += "/tiled"
         self.folder = cache_folder() / "latents"
         self._kept: dict[str, Latents] = {}
 

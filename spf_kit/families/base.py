@@ -50,6 +50,7 @@ class Family(ABC):
     noise: NoiseProcess
     device: torch.device
     dtype: torch.dtype
+    vae_tiling: bool = False  # whether large pictures are encoded in tiles, which changes latents a little
     quantize: str | None = None  # how the UNet's linear layers are kept, see `quantized`; None: as they are
     latent_factor: int  # pixels of one latent's side
     latent_channels: int  # C

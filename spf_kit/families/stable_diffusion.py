@@ -75,6 +75,7 @@ class StableDiffusionFamily(Family):
             self._sources["vae"] = vae_source
         self._attention, self._hash, self._weights = attention, "", weights
         self.quantize = base.quantize if base else None
+        self.vae_tiling, self._vae_slicing = (base.vae_tiling, base.vae_slicing) if base else (False, False)
         config = as_asked(source.scheduler_config, base) if base else dict(source.scheduler_config)
         self._scheduler_config, self._pipeline_config = config, source.pipeline_config
         self.noise = NoiseProcess.from_scheduler(config, source=source.location)
@@ -207,6 +208,10 @@ class StableDiffusionFamily(Family):
         setattr(self, component, self._load(component))
         if component == "vae":
             use_attention(self._attention, self.vae, self.device)
+            if self.vae_tiling:
+                self.vae.enable_tiling()
+            if self._vae_slicing:
+                self.vae.enable_slicing()
             if self._vae_dtype() != self.dtype:
                 widen_inputs(self.vae)
 

@@ -52,8 +52,8 @@ def agree(s: Session, saved: Checkpoint | None) -> None:
     mine = {
         **s.frozen,
         "the configuration": s.config.model_dump_json(),
-        f"the pictures in {s.config.data.path!r}": content_hash(pictures),
-        f"the newest checkpoint in {str(s.folder.path)!r}": str(saved and saved.step),
+        "the pictures": content_hash(pictures),
+        "the newest checkpoint": str(saved and saved.step),
     }
     for theirs in gather_object([mine]):
         differing = [name for name, value in theirs.items() if mine.get(name) != value]

@@ -26,6 +26,7 @@ from spf_kit.adapters.layers import LohaLayer, LokrLayer, LoraLayer, OftLayer, U
 from spf_kit.adapters.merge_loras import merge_layer
 from spf_kit.adapters.parts import describe, factorize
 from spf_kit.adapters.rows import Adder
+from spf_kit.adapters.scratch import Scratch
 from spf_kit.errors import UserError
 from spf_kit.schema import Adapter, Base
 
@@ -162,7 +163,7 @@ def test_kronecker_products_by_torch_in_float64(
     up, down = layer.factors()
     torch.testing.assert_close(up @ down, wanted)
     total = torch.zeros(a * c, b * d)
-    Adder(layer, tuple(total.shape), list).add(total, torch.zeros_like(total), 0, weight)
+    Adder(layer, tuple(total.shape), list).add(total, torch.zeros_like(total), 0, weight, Scratch())
     torch.testing.assert_close(total.double(), weight * wanted, rtol=1e-4, atol=1e-5)
 
 

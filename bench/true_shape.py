@@ -3,8 +3,8 @@
     python bench/true_shape.py [--threads 1] [--families sd15 sdxl] [--skip-training]
 
 Checkpoints with random weights (Stable Diffusion 1.5 in float16, 2 GB; XL in bfloat16, 6.9 GB; LDM layout)
-are written to a temporary folder, which needs 25 GB. On each a LoRA is trained by the command line (2 steps, 2
-pictures, 128 pixels), goes through every format and back, and is merged into the checkpoint, beside `cp` of
+are written to a temporary folder, which needs 25 GB. On each a LoRA is trained by the command line (2 steps,
+2 pictures, 128 pixels), goes through every format and back, and is merged into the checkpoint, beside `cp` of
 the same file. Its layers, and a LoHa and a LoKr on the same ones, are written in every format there is.
 Loaders get the architectures without weights (the meta device): what they take is what has an adapter
 afterwards, and its scale is compared with that of the file. Training takes 6 GB for 1.5 and 10 GB for XL.

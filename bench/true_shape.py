@@ -35,6 +35,7 @@ from spf_kit.adapters.fit import match
 from spf_kit.adapters.index import LayerKey
 from spf_kit.adapters.layers import LAYERS
 from spf_kit.adapters.parts import new_parts
+from spf_kit.adapters.resize import share
 from spf_kit.adapters.tensors import tensor_bytes
 from spf_kit.console import quiet_libraries
 from spf_kit.embedded import data_path
@@ -106,9 +107,9 @@ def round_trip(lora: Path, folder: Path) -> None:
         path = target
     after = files.read(path)
     same = before.layers.keys() == after.layers.keys()
-    changed = convert.rounding(before.layers, after.layers)
+    changed = max(share(layer, after.layers[key]).residual for key, layer in before.layers.items())
     print(f"through diffusers and peft and back: {len(after.layers)} layers, ", end="")
-    print(f"{'the same' if same else 'OTHERS'}, changed by at most {changed:.1e}", flush=True)
+    print(f"{'the same' if same else 'OTHERS'}, what they add changed by at most {changed:.1e}", flush=True)
 
 
 def merge_beside_copy(lora: Path, checkpoint: Path, output: Path) -> None:

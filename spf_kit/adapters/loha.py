@@ -51,7 +51,7 @@ class LohaLayer(Update):
     def update(self, dtype: torch.dtype = torch.float32) -> Tensor:
         first = _product(self.hada_w1_a, self.hada_w1_b, self.hada_t1, dtype)
         second = _product(self.hada_w2_a, self.hada_w2_b, self.hada_t2, dtype)
-        return (first * second * self.scale).reshape(self.shape)
+        return first.mul_(second).mul_(self.scale).reshape(self.shape)
 
     def add_rows(self, total: Tensor, weight: Tensor, first: int, factor: float, scratch: Scratch) -> None:
         here = slice(first, first + len(total))

@@ -98,11 +98,12 @@ def published(source: Path, target: Path, *, half: bool) -> Path:
     for part in ("clip", "judge"):
         shutil.rmtree(target / part, ignore_errors=True)
     index = json.loads((target / "model_index.json").read_text())
-    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
-    (target / "model_index.json").write_text(json.dumps(index))
-    (target / "safety_checker").mkdir()
-    for name in ("config.json", "model.safetensors", "model.fp16.safetensors"):
-        (target / "safety_checker" / name).write_text("{}")
+    if "text_encoder_2" not in index:  # SDXL has none
+        index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+        (target / "model_index.json").write_text(json.dumps(index))
+        (target / "safety_checker").mkdir()
+        for name in ("config.json", "model.safetensors", "model.fp16.safetensors"):
+            (target / "safety_checker" / name).write_text("{}")
     (target / "whole.safetensors").write_bytes(b"a single file, which nobody asked for")
     for file in list(target.glob("*/*.safetensors")):
         if file.parent.name != "safety_checker":

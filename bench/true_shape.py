@@ -1,12 +1,13 @@
 """Do files of the true shapes load everywhere? Each loader's count of the keys that it takes and ignores.
 
-    python bench/true_shape.py [--threads 1] [--skip-training]
+    python bench/true_shape.py [--threads 1] [--families sd15 sdxl] [--skip-training]
 
-A Stable Diffusion 1.5 checkpoint with random weights (LDM layout, float16, 2 GB) is written to a temporary
-folder, a LoRA is trained on it by the command line (2 steps, 2 pictures, 128 pixels), and its layers are
-written in every format there is. Stable Diffusion XL's layers are made without training. Loaders get the
-architectures without weights (the meta device): what they take is what has an adapter afterwards, and its
-scale is compared with that of the file.
+Checkpoints with random weights (Stable Diffusion 1.5 in float16, 2 GB; XL in bfloat16, 6.9 GB; LDM layout)
+are written to a temporary folder, which needs 25 GB. On each a LoRA is trained by the command line (2 steps,
+2 pictures, 128 pixels), goes through every format and back, and is merged into the checkpoint, beside `cp` of
+the same file. Its layers, and a LoHa and a LoKr on the same ones, are written in every format there is.
+Loaders get the architectures without weights (the meta device): what they take is what has an adapter
+afterwards, and its scale is compared with that of the file. Training takes 6 GB for 1.5 and 10 GB for XL.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -24,14 +26,18 @@ from typing import Any
 
 import torch
 from common import single_file_shapes, timed
+from merge import IDLE, copied
 from torch import Tensor, nn
 
-from spf_kit.adapters import files, keys
+from spf_kit.adapters import convert, files, keys
 from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.fit import match
 from spf_kit.adapters.index import LayerKey
 from spf_kit.adapters.layers import LAYERS
 from spf_kit.adapters.parts import new_parts
+from spf_kit.adapters.resize import share
+from spf_kit.adapters.tensors import tensor_bytes
+from spf_kit.console import quiet_libraries
 from spf_kit.embedded import data_path
 from spf_kit.families import ldm_keys
 from spf_kit.families.detect import shipped_config
@@ -43,22 +49,28 @@ RANK, ALPHA = 4, 2.0
 TARGETS = ["cross-attention", "self-attention", "feed-forward", "convolutions", "text-encoder"]
 SETTINGS = [
     "evaluate.enabled=false", "preview.every=0", "train.log_tensorboard=false", "data.resolution=128",
-    "train.batch_size=1", "train.optimizer=adamw", "train.gradient_checkpointing=false",
-    "train.mixed_precision=no", "base.dtype=float32",  # what any CPU computes with
+    "train.batch_size=1", "train.optimizer=adamw", "train.mixed_precision=no",
+    f"adapter.rank={RANK}", f"adapter.alpha={ALPHA}", f"adapter.targets={json.dumps(TARGETS)}",
 ]  # fmt: skip
+OWN_SETTINGS = {  # what a CPU computes with, in the memory that most have
+    "sd15": ["base.dtype=float32", "train.gradient_checkpointing=false"],
+    "sdxl": ["base.dtype=bfloat16", "train.gradient_checkpointing=true"],
+}
+TYPES = {"sd15": ("F16", torch.float16), "sdxl": ("BF16", torch.bfloat16)}  # of the checkpoints
 
 
 # --- the checkpoint, and a LoRA that is trained on it -----------------------------------------------------
 
 
-def write_checkpoint(path: Path) -> Path:
-    """SD 1.5 in the LDM layout, float16: norms do nothing, other weights are small and random."""
-    shapes = dict(sorted(single_file_shapes("sd15").items()))
+def write_checkpoint(family: str, path: Path) -> Path:
+    """In the LDM layout: norms do nothing, other weights are small and random."""
+    shapes, (name_of_type, dtype) = dict(sorted(single_file_shapes(family).items())), TYPES[family]
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
     with open(path, "wb") as file:
-        file.write(encode_header({name: ("F16", shape) for name, shape in shapes.items()}, {"format": "pt"}))
+        described = {name: (name_of_type, shape) for name, shape in shapes.items()}
+        file.write(encode_header(described, {"format": "pt"}))
         for name, shape in shapes.items():
-            file.write(_values(name, shape, noise).half().numpy().tobytes())
+            file.write(tensor_bytes(_values(name, shape, noise).to(dtype)))
     return path
 
 
@@ -70,26 +82,45 @@ def _values(name: str, shape: tuple[int, ...], noise: Tensor) -> Tensor:
     return noise.repeat(-(-count // len(noise)))[:count].reshape(shape) * deviation
 
 
-def train(checkpoint: Path, folder: Path, threads: int) -> Path:
+def train(family: str, checkpoint: Path, folder: Path, threads: int) -> Path:
     """Two steps by the command line; prints seconds and peak memory."""
     data = folder / "pictures"
-    data.mkdir()
+    data.mkdir(exist_ok=True)
     for picture in sorted(data_path("glasses").glob("*.png"))[:2]:
         for file in (picture, picture.with_suffix(".txt")):
             (data / file.name).write_bytes(file.read_bytes())
-    sets = [
-        *SETTINGS,
-        f"adapter.rank={RANK}",
-        f"adapter.alpha={ALPHA}",
-        f"adapter.targets={json.dumps(TARGETS)}",
-    ]
-    sets.append(f"train.threads={threads}")
+    sets = [*SETTINGS, *OWN_SETTINGS[family], f"train.threads={threads}"]
     command = [sys.executable, "-m", "spf_kit", "train", "glasses", "--recipe", "naive", "--steps", "2"]
-    places = ["--base", checkpoint, "--data", data, "--output", folder / "run"]
+    places = ["--base", checkpoint, "--data", data, "--output", folder / family]
     alone = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     seconds, peak = timed(*command, *places, *(f"--set={text}" for text in sets), environment=alone)
-    print(f"trained 2 steps on it in {seconds:.0f} s, at most {peak / 2**30:.1f} GB", flush=True)
-    return folder / "run" / "glasses.safetensors"
+    print(f"trained 2 steps on it in {seconds:.0f} s, at most {peak / 1e9:.1f} GB", flush=True)
+    return folder / family / "glasses.safetensors"
+
+
+def round_trip(lora: Path, folder: Path) -> None:
+    """From kohya's format through the others and back by `convert`; prints what changed on the way."""
+    path, before = lora, files.read(lora)
+    for format in ("diffusers", "peft", "kohya"):
+        target = folder / (f"trip-{format}" if format == "peft" else f"trip-{format}.safetensors")
+        convert.convert(path, target, format, overwrite=True)
+        path = target
+    after = files.read(path)
+    same = before.layers.keys() == after.layers.keys()
+    changed = max(share(layer, after.layers[key]).residual for key, layer in before.layers.items())
+    print(f"through diffusers and peft and back: {len(after.layers)} layers, ", end="")
+    print(f"{'the same' if same else 'OTHERS'}, what they add changed by at most {changed:.1e}", flush=True)
+
+
+def merge_beside_copy(lora: Path, checkpoint: Path, output: Path) -> None:
+    """Prints seconds and memory of the merge, and seconds of the copy just before."""
+    idle = timed(sys.executable, "-c", IDLE)[1]
+    copy = copied(checkpoint, output)
+    merge = (sys.executable, "-m", "spf_kit", "merge", lora, "--into", checkpoint, "--output", output)
+    seconds, peak = timed(*merge)
+    output.unlink()
+    print(f"cp and sync {copy:.1f} s, merge {seconds:.1f} s ({seconds / copy:.2f} times), ", end="")
+    print(f"{(peak - idle) / 1e6:.0f} MB above idle", flush=True)
 
 
 # --- layers of a family -----------------------------------------------------------------------------------
@@ -231,28 +262,36 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--skip-training", action="store_true", help="make SD 1.5's LoRA as SDXL's")
+    parser.add_argument("--families", nargs="+", choices=tuple(TYPES), default=list(TYPES))
+    parser.add_argument("--folder", type=Path, default=None, help="where the temporary folder is made")
+    parser.add_argument("--skip-training", action="store_true", help="make LoRAs as LoHas: of random values")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable(logging.INFO)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        lora = made("sd15", "lora")
-        if not options.skip_training:
-            checkpoint = write_checkpoint(folder / "base.safetensors")
-            size, tensors = checkpoint.stat().st_size / 2**30, len(read_header(checkpoint).tensors)
-            print(f"a checkpoint of {size:.2f} GB, {tensors} tensors", flush=True)
-            lora = files.read(train(checkpoint, folder, options.threads))
-            lora.path = None
-        count(lora, "lora", "sd15", folder)
-        for family, kind in (
-            ("sd15", "loha"),
-            ("sd15", "lokr"),
-            ("sdxl", "lora"),
-            ("sdxl", "loha"),
-            ("sdxl", "lokr"),
-        ):
-            count(made(family, kind), kind, family, folder)
+    warnings.simplefilter("ignore")
+    quiet_libraries()
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        for family in options.families:
+            lora = made(family, "lora")
+            if not options.skip_training:
+                lora = trained(family, Path(temporary), options.threads)
+            count(lora, "lora", family, Path(temporary))
+            for kind in ("loha", "lokr"):
+                count(made(family, kind), kind, family, Path(temporary))
+
+
+def trained(family: str, folder: Path, threads: int) -> LoraFile:
+    """A LoRA that has been all the way: trained, converted, merged. The checkpoint goes again."""
+    checkpoint = write_checkpoint(family, folder / f"{family}.safetensors")
+    size, tensors = checkpoint.stat().st_size / 1e9, len(read_header(checkpoint).tensors)
+    print(f"{family}: a checkpoint of {size:.2f} GB, {tensors} tensors", flush=True)
+    path = train(family, checkpoint, folder, threads)
+    round_trip(path, folder)
+    merge_beside_copy(path, checkpoint, folder / "merged.safetensors")
+    checkpoint.unlink()
+    lora = files.read(path)
+    lora.path = None
+    return lora
 
 
 if __name__ == "__main__":

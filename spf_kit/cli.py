@@ -9,6 +9,7 @@ import typer
 
 from spf_kit import __version__, cli_about, cli_files
 from spf_kit.cli_options import (
+    BaseDtype,
     BaseModel,
     DataFolder,
     Dtype,
@@ -18,6 +19,7 @@ from spf_kit.cli_options import (
     Plugins,
     Preset,
     Profile,
+    Quantize,
     Recipe,
     Sets,
 )
@@ -141,6 +143,8 @@ def sample(
         str | None, typer.Option("--size", help="WIDTHxHEIGHT (default: the base's own).")
     ] = None,
     clip_skip: Annotated[int, typer.Option("--clip-skip", min=1, help="Text layer from the end.")] = 1,
+    dtype: BaseDtype = None,
+    quantize: Quantize = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path(
         "samples"
     ),
@@ -165,6 +169,8 @@ def sample(
             scheduler=scheduler,
             size=size,
             clip_skip=clip_skip,
+            dtype=dtype,
+            quantize=quantize,
             output=output,
             overwrite=overwrite,
             console=console,
@@ -224,6 +230,8 @@ def evaluate(
     on: On = [],
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampler steps.")] = None,
     cfg: Annotated[float | None, typer.Option("--cfg", min=0, help="Guidance scale.")] = None,
+    dtype: BaseDtype = None,
+    quantize: Quantize = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Contact sheet to write.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -239,6 +247,8 @@ def evaluate(
             prompts_file=prompts,
             strength=strength,
             on=on,
+            dtype=dtype,
+            quantize=quantize,
             output=output,
             overwrite=overwrite,
             console=console,
@@ -266,6 +276,7 @@ def share(
             "--thumbnail", help="Picture for the LoRA's metadata; 'first': the first that is drawn."
         ),
     ] = None,
+    dtype: BaseDtype = None,
     push: Annotated[str | None, typer.Option("--push", help="OWNER/NAME on the hub to upload to.")] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: only you see it.")] = False,
     output: Annotated[
@@ -286,6 +297,7 @@ def share(
             base_id=base_id,
             licence=licence,
             thumbnail=thumbnail,
+            dtype=dtype,
             push=push,
             private=private,
             output=output,

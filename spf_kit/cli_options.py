@@ -23,6 +23,15 @@ On = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+BaseDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="Of the base: fp16, bf16 or fp32 (default: fp16 on an NVIDIA GPU, else fp32)."
+    ),
+]
+Quantize = Annotated[
+    str | None, typer.Option("--quantize", help="Keep the UNet's linear layers as fp8, 8bit or nf4.")
+]
 
 # --- of commands that take a preset ---
 

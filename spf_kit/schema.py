@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["float32", "float16", "bfloat16"]
+Quantization = Literal["fp8", "8bit", "nf4"]
 TargetGroup = Literal["cross-attention", "self-attention", "feed-forward", "convolutions", "text-encoder"]
 
 
@@ -38,7 +39,7 @@ class Base(Section):
     )
     vae: str | None = Field(None, description="another VAE: a .safetensors file or a diffusers folder")
     dtype: Precision = Field("float32", description="of the frozen weights")
-    quantize: Literal["fp8", "8bit", "nf4"] | None = Field(
+    quantize: Quantization | None = Field(
         None, description="keep the UNet's linear layers in 8-bit floats, 8-bit integers or 4 bits"
     )
     attention: Literal["sdpa", "xformers", "sliced"] = Field("sdpa", description="attention backend")

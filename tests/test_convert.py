@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +23,7 @@ from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.formats import fold_scale, unfold_scale
 from spf_kit.adapters.inject import inject
 from spf_kit.adapters.layers import LohaLayer, LoraLayer
+from spf_kit.embedded import base_path
 from spf_kit.errors import UserError
 from spf_kit.families.base import Family
 from spf_kit.families.stable_diffusion import GROUPS
@@ -104,6 +107,39 @@ def test_every_way_gives_the_bits_back(
         assert all(layer.alpha == layer.rank for layer in files.read(here).layers.values())
     else:
         same(files.read(here), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_diffusers_draws_the_same_with_noted_alphas_and_given_back(
+    base: Family, tmp_path: Path, dtype: str
+) -> None:
+    """By its own loader: the file of diffusers' format, whose alphas are noted, and what they come back to.
+
+    The update is small, as after a few steps: float16 has few digits for it."""
+    wanted = trained(base, alpha=2.5)
+    layers: dict[Any, Any] = {key: replace(layer, up=layer.up * 1e-5) for key, layer in wanted.layers.items()}
+    first = files.write(replace(wanted, layers=layers), tmp_path / "0.safetensors", "kohya", dtype)
+    convert(first, tmp_path / "1.safetensors", "diffusers")
+    convert(tmp_path / "1.safetensors", tmp_path / "2.safetensors", "kohya")
+    convert(tmp_path / "1.safetensors", tmp_path / "3", "peft")
+    convert(tmp_path / "3", tmp_path / "3.safetensors", "kohya")
+    plain, *updates = (added(path) for path in (None, *sorted(tmp_path.glob("?.safetensors"))))
+    for update in updates[1:]:
+        for name, weight in update.items():
+            change = updates[0][name] - plain[name]
+            assert (weight - updates[0][name]).norm() <= 2e-3 * change.norm()
+    assert any((updates[0][name] - plain[name]).norm() > 0 for name in plain)
+
+
+def added(path: Path | None) -> dict[str, Tensor]:
+    """The UNet's matrices and convolutions with a LoRA fused into them by diffusers, in float64."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base_path(), safety_checker=None)
+    pipeline.unet.to(torch.float64)
+    if path is not None:
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+        pipeline.fuse_lora(components=["unet"])
+        pipeline.unload_lora_weights()
+    return {name: weight for name, weight in pipeline.unet.state_dict().items() if weight.dim() > 1}
 
 
 @pytest.mark.parametrize("way", [("peft", "kohya"), ("diffusers", "kohya")], ids="-".join)

@@ -85,7 +85,8 @@ def test_a_change_of_the_rank_comes_out_as_it_is(
     tensors = load_file(single)
     places = merge_targets(read_header(single))
     layers = {key for key, name in places.items() if tensors[name].dim() in (2, 4)}
-    tables = {key for key in layers if "embeddings" in key[1]}
+    outside = ("conv_in", "conv_out", "time_embedding")
+    tables = {key for key in layers if "embeddings" in key[1] or key[1].startswith(outside)}
     assert told["equal"] == len(layers - tables) - len(changes)
     assert told["absent"] == []
 
@@ -232,3 +233,47 @@ def test_the_command(tuned: tuple[Path, dict[tuple[str, str], Tensor]], spf_kit:
     assert (done.json["layers"], done.json["family"]) == (3, "embedded")
     assert spf_kit(*arguments).code == 2  # it exists
     assert "3 layers" in spf_kit(*arguments, "--overwrite").out
+
+
+# --- what loaders take --------------------------------------------------------------------------------------
+
+KOHYA = ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")  # in these its networks look
+
+
+@pytest.mark.parametrize("model", ["embedded", "sdxl"])
+def test_loaders_take_every_layer_of_a_model_tuned_all_over(
+    model: str, tiny_sdxl: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every matrix of UNet and text encoders differs, as after a fine-tune: what no loader takes is told."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from spf_kit.families.tokenizer import clip_tokenizer
+
+    folder = tiny_sdxl if model == "sdxl" else base_path()
+    shutil.copytree(folder, tmp_path / "tuned")
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for file in (tmp_path / "tuned" / part).glob("*.safetensors"):
+            tensors = {
+                name: t + product(t, 1, 7) if t.dim() in (2, 4) else t for name, t in load_file(file).items()
+            }
+            save_file(tensors, file, {"format": "pt"})
+    told = extract(tmp_path / "tuned", folder, tmp_path / "lora.safetensors", 1)
+    outside = {"embedded": 4, "sdxl": 6}[model]  # first and last convolution, two or four embeddings
+    assert told["beyond"]["layers outside the UNet's blocks"] == outside
+    assert f"cannot hold the differences of {outside} layers outside the UNet's blocks" in told["sentence"]
+    if model == "sdxl":
+        tokenizers: dict[str, Any] = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
+        theirs: Any = StableDiffusionXLPipeline.from_pretrained(folder, **tokenizers, add_watermarker=False)
+    else:
+        theirs = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    within = tuple(f"{name}." for name, m in theirs.unet.named_modules() if type(m).__name__ in KOHYA)
+    layers = files.read(tmp_path / "lora.safetensors").layers
+    assert all(module.startswith(within) for component, module in layers if component == "unet")
+    wanted = [n for n, m in theirs.unet.named_modules() if hasattr(m, "weight") and m.weight.dim() > 1]
+    assert sum(component == "unet" for component, _ in layers) == sum(n.startswith(within) for n in wanted)
+    theirs.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    parts = [getattr(theirs, name, None) for name in ("unet", "text_encoder", "text_encoder_2")]
+    taken = [m for part in parts if part for m in part.modules() if isinstance(m, BaseTunerLayer)]
+    assert len(taken) == len(layers)
+    assert "unexpected" not in caplog.text.lower()

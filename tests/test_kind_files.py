@@ -18,14 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spf_kit import families
-from spf_kit.adapters import files, merge
+from spf_kit.adapters import files, merge, rows
 from spf_kit.adapters.index import index
 from spf_kit.adapters.inject import attach, inject
 from spf_kit.adapters.inspect import inspect
 from spf_kit.adapters.layers import LohaLayer, LokrLayer, LoraLayer, OftLayer, Update
 from spf_kit.adapters.merge_loras import merge_layer
+from spf_kit.adapters.norms import norm
 from spf_kit.adapters.parts import describe, factorize
 from spf_kit.adapters.rows import Adder
+from spf_kit.adapters.scratch import Scratch
 from spf_kit.errors import UserError
 from spf_kit.schema import Adapter, Base
 
@@ -119,6 +121,35 @@ def test_a_delta_is_that_of_lycoris(name: str) -> None:
     torch.testing.assert_close(layer.delta(weight), theirs(layer, weight), rtol=1e-4, atol=1e-5)
 
 
+@each
+def test_rows_are_those_of_lycoris(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a merge adds them: some rows at a time, in memory that is used again, beside another layer's."""
+    layer, weight = SAMPLES[name][0], weight_of(name)
+    monkeypatch.setattr(rows, "BLOCK", 1)
+    flat, scratch = weight.flatten(1), Scratch()
+    total, adder = flat.clone(), Adder(layer, tuple(weight.shape), list)
+    ranges = list(rows.row_ranges(tuple(weight.shape), [layer]))
+    assert len(ranges) > 1
+    for part in ranges:
+        here = slice(part.start, part.stop)
+        for factor in (0.5, -0.2):
+            adder.add(total[here], flat[here], part.start, factor, scratch)
+    wanted = flat + 0.3 * theirs(layer, weight).flatten(1)
+    torch.testing.assert_close(total, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if "oft" not in name])
+def test_factors_and_norms_are_those_of_lycoris(name: str) -> None:
+    """What resizing, norms and merges of LoRAs into one work with."""
+    layer, weight = SAMPLES[name][0], weight_of(name)
+    wanted = theirs(layer, weight)
+    up, down = layer.factors()
+    torch.testing.assert_close((up @ down).float(), wanted.flatten(1), rtol=1e-4, atol=1e-5)
+    assert norm(layer) == pytest.approx(float(wanted.double().norm()), rel=1e-5)
+    cut = merge_layer([(layer, 1.0)], None, kernel=tuple(weight.shape[2:])).layer
+    torch.testing.assert_close(cut.update(), wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("name", ["loha", "lokr", "lokr whole conv", "loha tucker"])
 def test_magnitudes_are_those_of_lycoris(name: str, axis: int) -> None:
@@ -162,7 +193,7 @@ def test_kronecker_products_by_torch_in_float64(
     up, down = layer.factors()
     torch.testing.assert_close(up @ down, wanted)
     total = torch.zeros(a * c, b * d)
-    Adder(layer, tuple(total.shape), list).add(total, torch.zeros_like(total), 0, weight)
+    Adder(layer, tuple(total.shape), list).add(total, torch.zeros_like(total), 0, weight, Scratch())
     torch.testing.assert_close(total.double(), weight * wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -28,8 +28,10 @@ from spf_kit.families.single_file import write_single_file
 from spf_kit.families.stable_diffusion import GROUPS, target_modules
 from spf_kit.families.tokenizer import clip_tokenizer
 from spf_kit.headers import read_header
+from spf_kit.sampling import generate
 from spf_kit.training.step import Draws, Model, noised
 from spf_kit.training.text import TextCache
+from spf_kit.workflow.base import load_base, precision
 
 torch.set_num_threads(1)
 
@@ -281,3 +283,85 @@ def test_commands_from_training_to_merging(
     assert measured.code == 0, measured.err
     assert json.loads(measured.out)["loras"][str(file)]["drift_target"] >= 0
     shutil.rmtree("run")
+
+
+# --- types of the base --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "model", "device", "chosen"),
+    [
+        (None, "sdxl", "cpu", "float32"),
+        (None, "sdxl", "cuda", "float16"),
+        (None, "embedded", "cuda", "float32"),
+        (None, "sdxl", "mps", "float32"),
+        ("bf16", "sdxl", "cuda", "bfloat16"),
+        ("fp16", "embedded", "cpu", "float16"),
+    ],
+)
+def test_the_type_is_chosen_by_model_and_device(
+    wanted: str | None, model: str, device: str, chosen: str
+) -> None:
+    assert precision(wanted, model, device) == chosen
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "far"),
+    [*((kind, "fp16", 0.01) for kind in ("lora", "dora", "loha", "lokr", "oft")), ("lora", "bf16", 0.1)],
+)
+def test_half_precision_draws_what_float32_draws(
+    tiny_sdxl: Path, family: Family, kind: str, dtype: str, far: float
+) -> None:
+    """With an adapter of every kind, on UNet and text encoders; SDXL's VAE stays wide in float16."""
+    cfg = schema.Adapter(
+        kind="lora" if kind == "dora" else kind, dora=kind == "dora", rank=2,
+        targets=["cross-attention", "feed-forward", "text-encoder"],
+    )  # fmt: skip
+    made = inject(family, cfg, seed=1)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    file = made.to_lora_file()
+    made.remove()
+
+    def drawn(model: Family) -> tuple[Tensor, Tensor]:
+        settings = {"steps": 2, "cfg": 3.0, "width": 32, "height": 32}
+        plain = generate(model, ["a cat"], [1], **settings)
+        handle = attach(model, file, name="drawn")
+        pictures = generate(model, ["a cat"], [1], **settings)
+        handle.remove()
+        return plain, pictures
+
+    half = load_base(str(tiny_sdxl), dtype=dtype)
+    assert (
+        half.unet.dtype == half.text_encoder_2.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    )
+    assert half.vae.dtype == (torch.float32 if dtype == "fp16" else torch.bfloat16)
+    (plain, pictures), (plain_wide, wide) = drawn(half), drawn(family)
+    assert (pictures - wide).abs().mean() < far
+    assert (plain - plain_wide).abs().mean() < far
+    assert (pictures - plain).abs().mean() > 2 * (pictures - wide).abs().mean()  # the adapter acts
+
+
+def test_commands_take_a_type_and_a_quantised_base(
+    spf_kit: Callable[..., Any], tiny_sdxl: Path, lora: tuple[Path, Tensor]
+) -> None:
+    draw = ["--steps", "2", "--size", "32x32", "--prompt", "a cat", "--base", tiny_sdxl]
+    told = spf_kit("sample", lora[0], *draw, "--dtype", "fp16", "--output", "half")
+    assert told.code == 0, told.err
+    assert "float16 is many times slower than float32 on a CPU" in told.err
+    assert spf_kit("sample", lora[0], *draw, "--quantize", "fp8", "--output", "quantised").code == 0
+    wrong = spf_kit("sample", *draw, "--quantize", "fp4", "--output", "wrong")
+    assert (wrong.code, wrong.err.count("\n")) == (2, 1)
+    assert "--quantize 'fp4' is unknown: choose fp8, 8bit, nf4" in wrong.err
+    wrong = spf_kit("sample", *draw, "--dtype", "fp12", "--output", "wrong")
+    assert (wrong.code, "the dtype 'fp12' is unknown" in wrong.err) == (2, True)
+    Path("prompts.txt").write_text("a portrait, red hair\n")
+    short = ["--prompts", "prompts.txt", "--count", "1", "--steps", "2", "--target", "wearing glasses"]
+    measured = spf_kit(
+        "evaluate", lora[0], "--base", tiny_sdxl, *short, "--dtype", "bf16", "--quantize", "8bit", "--json"
+    )
+    assert measured.code == 0, measured.err
+    row = measured.json["base"]
+    assert (row["dtype"], row["quantize"]) == ("bfloat16", "8bit")

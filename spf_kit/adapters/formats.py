@@ -108,8 +108,9 @@ def lora_only(layer: Update, format: str) -> LoraLayer:
 def fold_scale(layer: LoraLayer, dtype: torch.dtype) -> LoraLayer:
     """The same update with alpha = rank, multiplied in float64 and rounded once.
 
-    A small scale goes into both matrices: alpha 1 at rank 128 in `up` alone would leave few digits in
-    float16. `down` takes a power of two of it, which costs no bit.
+    A scale below 1 goes into `down`, whose values are about those that it was drawn with: `up` begins at 0,
+    and holds values after a short training that float16 has few digits for. Of a scale under 1/32 a power of
+    two goes into `up` all the same: alpha 1 at rank 128 in `down` alone would leave few digits there.
     """
     if layer.scale == 1.0:
         return layer
@@ -132,9 +133,11 @@ def unfold_scale(layer: LoraLayer, alpha: float) -> LoraLayer:
 
 
 def _shares(scale: float) -> tuple[float, float]:
-    """Of `up` and `down`, the latter a power of two: 1/128 is 1/16 * 1/8, and 0.6 stays 0.6 * 1."""
-    exponent = max(math.floor(-math.log2(abs(scale)) / 2), 0) if scale else 0
-    return scale * 2.0**exponent, 2.0**-exponent
+    """Of `up` and `down`: 1/128 is 1/8 * 1/16, 0.6 is 1 * 0.6, and 3 is 3 * 1."""
+    if not 0 < abs(scale) < 1:
+        return scale, 1.0
+    exponent = max(math.floor(-math.log2(abs(scale))) - 4, 0)
+    return 2.0**-exponent, scale * 2.0**exponent
 
 
 def alphas_note(layers: Layers) -> dict[str, str]:

@@ -11,7 +11,7 @@ https://github.com/kohya-ss/sd-scripts, library/train_util.py, `precalculate_saf
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,20 +41,32 @@ def contradicts(hashes: Mapping[str, str], metadata: Mapping[str, str]) -> bool:
 def legacy_hash(path: str | Path) -> str:
     """A1111's oldest model hash (AutoV1): 8 digits of the hash of 64 KB from the first megabyte on."""
     with open(path, "rb") as file:
-        file.seek(START)
-        return hashlib.sha256(file.read(LENGTH)).hexdigest()[:8]
+        return legacy_of([file.read(START + LENGTH)])
 
 
 def kohya_legacy_hash(header: Header) -> str:
     """`legacy_hash` of the file that has the same tensors and no metadata but the training's."""
     described = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
-    training = {key: value for key, value in sorted(header.metadata.items()) if key.startswith("ss_")}
-    head = encode_header(described, training)
-    digest, start, end = hashlib.sha256(head[START : START + LENGTH]), START, START + LENGTH
+    head = encode_header(described, training_only(header.metadata))
     with open(header.path, "rb") as file:
-        file.seek(header.data_start + max(start - len(head), 0))
-        digest.update(file.read(max(end - max(start, len(head)), 0)))
+        file.seek(header.data_start)
+        return legacy_of([head, file.read(max(START + LENGTH - len(head), 0))])
+
+
+def legacy_of(parts: Iterable[bytes | memoryview]) -> str:
+    """`legacy_hash` of a file that consists of these parts; no more of them are taken than it needs."""
+    digest, position = hashlib.sha256(), 0
+    for part in parts:
+        digest.update(part[max(START - position, 0) : max(START + LENGTH - position, 0)])
+        position += len(part)
+        if position >= START + LENGTH:
+            break
     return digest.hexdigest()[:8]
+
+
+def training_only(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata that kohya's hashes cover."""
+    return {key: value for key, value in sorted(metadata.items()) if key.startswith("ss_")}
 
 
 def _digests(header: Header) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spf_kit.adapters.lokr import whole
 from spf_kit.adapters.parts import Shape
+from spf_kit.adapters.scratch import Scratch
 from spf_kit.adapters.update import Update, thin, tucker, whole_factors
 
 
@@ -50,19 +51,20 @@ class LohaLayer(Update):
     def update(self, dtype: torch.dtype = torch.float32) -> Tensor:
         first = _product(self.hada_w1_a, self.hada_w1_b, self.hada_t1, dtype)
         second = _product(self.hada_w2_a, self.hada_w2_b, self.hada_t2, dtype)
-        return (first * second * self.scale).reshape(self.shape)
+        return first.mul_(second).mul_(self.scale).reshape(self.shape)
 
-    def rows(self, weight: Tensor, first: int) -> Tensor:
-        here = slice(first, first + len(weight))
-        tensors = (
-            (self.hada_w1_a, self.hada_w1_b, self.hada_t1),
-            (self.hada_w2_a, self.hada_w2_b, self.hada_t2),
-        )
-        products = [
-            a[here] @ b.flatten(1) if core is None else tucker(core, a[:, here], b).flatten(1)
-            for a, b, core in tensors
-        ]
-        return products[0].mul_(products[1]).mul_(self.scale)
+    def add_rows(self, total: Tensor, weight: Tensor, first: int, factor: float, scratch: Scratch) -> None:
+        here = slice(first, first + len(total))
+        products = []
+        for name, a, b, core in (
+            ("first", self.hada_w1_a, self.hada_w1_b, self.hada_t1),
+            ("second", self.hada_w2_a, self.hada_w2_b, self.hada_t2),
+        ):
+            if core is None:
+                products.append(torch.mm(a[here], b.flatten(1), out=scratch(name, total.shape)))
+            else:
+                products.append(tucker(core, a[:, here], b).flatten(1))
+        total.addcmul_(*products, value=self.scale * factor)
 
     def live(self, weight: Tensor) -> Update:
         return self if self.dora_scale is None else whole(self.delta(weight))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spf_kit.adapters.parts import Shape
+from spf_kit.adapters.scratch import Scratch
 from spf_kit.adapters.update import Update, thin, tucker, whole_factors
 
 
@@ -91,13 +92,27 @@ class LokrLayer(Update):
         small = small.reshape(*small.shape, *[1] * (large.dim() - 2))
         return torch.kron(small, large.contiguous()) * self.scale
 
-    def rows(self, weight: Tensor, first: int) -> Tensor:
-        """Row a c + c' is the row a of C times the row c' of D."""
-        small, large = self.small(torch.float32), self.large(torch.float32).flatten(1)
-        numbers = torch.arange(first, first + len(weight))
-        of_small, of_large = small[numbers // len(large)], large[numbers % len(large)]
-        product = of_small[:, :, None] * of_large[:, None, :] * self.scale
-        return product.reshape(len(weight), -1)
+    def add_rows(self, total: Tensor, weight: Tensor, first: int, factor: float, scratch: Scratch) -> None:
+        """Row a c + c' is row a of C times row c' of D: each run of rows of one a is an outer product."""
+        small, height, position = self.small(torch.float32), self._large_shape[0], 0
+        while position < len(total):
+            a, row = divmod(first + position, height)
+            count = min(height - row, len(total) - position)
+            large = self._large_rows(slice(row, row + count))
+            part = total[position : position + count].view(count, small.shape[1], -1)
+            part.addcmul_(small[a][:, None], large[:, None], value=self.scale * factor)
+            position += count
+
+    def _large_rows(self, here: slice) -> Tensor:
+        """Some rows of D, (n, d h w) in float32."""
+        if self.lokr_w2 is not None:
+            return self.lokr_w2[here].float().flatten(1)
+        assert self.lokr_w2_a is not None
+        assert self.lokr_w2_b is not None
+        a, b = self.lokr_w2_a.float(), self.lokr_w2_b.float()
+        if self.lokr_t2 is not None:
+            return tucker(self.lokr_t2.float(), a[:, here], b).flatten(1)
+        return a[here] @ b.flatten(1)
 
     def live(self, weight: Tensor) -> Update:
         return self if self.dora_scale is None else whole(self.delta(weight))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spf_kit.adapters.parts import Shape
+from spf_kit.adapters.scratch import Scratch
 from spf_kit.adapters.update import Update
 
 
@@ -53,11 +54,7 @@ class LoraLayer(Update):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.up.flatten(1).double() * self.scale, self.down.flatten(1).double()
 
-    def rows(self, weight: Tensor, first: int) -> Tensor:
-        up = self.up.flatten(1)[first : first + len(weight)] * self.scale
-        return up @ self.down.flatten(1)
-
-    def add_rows(self, total: Tensor, weight: Tensor, first: int, factor: float) -> None:
+    def add_rows(self, total: Tensor, weight: Tensor, first: int, factor: float, scratch: Scratch) -> None:
         """In one pass over the rows, where a product and a sum take two."""
         up = self.up.flatten(1)[first : first + len(total)]
         total.addmm_(up, self.down.flatten(1), alpha=self.scale * factor)

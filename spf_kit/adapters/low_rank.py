@@ -106,7 +106,7 @@ def cut_matrix(matrix: Tensor, rank: int, seed: int = 0) -> Cut:
     layer = as_layer(left[:, :rank] * root, root[:, None] * right[:rank], tuple(matrix.shape))
     # measured, for as a difference of squares it would drown in the rounding of what is kept
     rest = torch.addmm(flat, layer.up.flatten(1).to(flat), layer.down.flatten(1).to(flat), alpha=-1)
-    return Cut(layer, float(values[:rank].square().sum()), _square(rest))
+    return Cut(layer, float(values[:rank].square().sum()), square(rest))
 
 
 def _largest(flat: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +126,7 @@ def _largest(flat: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor
     return basis.double() @ left, values, right
 
 
-def _square(matrix: Tensor) -> float:
+def square(matrix: Tensor) -> float:
     """The squared Frobenius norm, summed in float64."""
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
 
@@ -136,7 +136,7 @@ def square_of_product(up: Tensor, down: Tensor) -> float:
     large products."""
     triangles = (torch.linalg.qr(matrix.double(), "r")[1] for matrix in (up, down.T))
     left, right = triangles
-    return _square(left @ right.T)
+    return square(left @ right.T)
 
 
 def as_layer(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> LoraLayer:

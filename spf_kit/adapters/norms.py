@@ -9,6 +9,7 @@ import torch
 
 from spf_kit.adapters.index import IndexedLayer, LayerKey
 from spf_kit.adapters.layers import load_layer
+from spf_kit.adapters.loha import LohaLayer
 from spf_kit.adapters.lokr import LokrLayer
 from spf_kit.adapters.low_rank import square_of_product
 from spf_kit.adapters.update import Update
@@ -18,13 +19,20 @@ from spf_kit.errors import UserError
 def norm(layer: Update) -> float | None:
     """|U|; None where U depends on the base's weight (DoRA, OFT).
 
-    |C kron D| = |C| |D|, and other products by their thin factors (`low_rank.square_of_product`).
+    LoRA: by the triangles of its thin factors (`low_rank.square_of_product`). LoKr: |C kron D| = |C| |D|, of
+    which a D without a rank is a matrix as it stands. LoHa: the update itself, a weight's size in float32.
     """
     if layer.depends_on_weight or layer.dora_scale is not None:
         return None
     if isinstance(layer, LokrLayer):
         small = float(torch.linalg.vector_norm(layer.small(torch.float64)))
-        return abs(layer.scale) * small * math.sqrt(square_of_product(*layer.thin()))
+        if layer.lokr_w2 is not None:
+            large = float(torch.linalg.vector_norm(layer.lokr_w2, dtype=torch.float64))
+        else:
+            large = math.sqrt(square_of_product(*layer.thin()))
+        return abs(layer.scale) * small * large
+    if isinstance(layer, LohaLayer):
+        return float(torch.linalg.vector_norm(layer.update(), dtype=torch.float64))
     return math.sqrt(square_of_product(*layer.factors()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from spf_kit.adapters.lokr import whole
 from spf_kit.adapters.parts import Shape
+from spf_kit.adapters.scratch import Scratch
 from spf_kit.adapters.update import Update
 
 TOLERANCE = 0.05  # of an orthogonal matrix in float16 or bfloat16, by its largest value
@@ -79,26 +81,36 @@ class OftLayer(Update):
         norm = (blocks - blocks.mT).norm()
         return blocks * (self.alpha * self.shape[0] / norm).clamp(max=1.0) if norm > 0 else blocks
 
-    def rotations(self, here: slice = slice(None)) -> Tensor:
-        """R (k, n, n), float64, or some of its blocks."""
-        blocks = self.limited[here]
+    def rotations(self) -> Tensor:
+        """R (k, n, n), float64."""
+        blocks = self.limited
         skew, one = blocks - blocks.mT, torch.eye(self.rank, dtype=torch.float64)
         return torch.linalg.solve(one - skew, one + skew, left=False)
 
     def difference(self, weight: Tensor) -> Tensor:
-        return self.rows(weight.reshape(len(weight), -1), 0).reshape(weight.shape)
+        flat = weight.reshape(len(weight), -1)
+        total = torch.zeros_like(flat)
+        self.add_rows(total, flat, 0, 1.0, Scratch())
+        return total.reshape(weight.shape)
 
     @property
     def rows_together(self) -> int:
         return self.rank
 
-    def rows(self, weight: Tensor, first: int) -> Tensor:
-        size, last = self.rank, first + len(weight)
-        rotations = self.rotations(slice(first // size, last // size)).to(weight.dtype)
-        turned = (rotations.mT @ weight.reshape(-1, size, weight.shape[1])).reshape(weight.shape)
+    def add_rows(self, total: Tensor, weight: Tensor, first: int, factor: float, scratch: Scratch) -> None:
+        """W' - W = (rescale R^T - 1) W, whose small matrices take the difference before the large one."""
+        size = self.rank
+        turns = self._turns[first // size : (first + len(total)) // size]
+        blocks = (len(turns), size, total.shape[1])
+        total.view(blocks).baddbmm_(turns, weight.reshape(blocks), alpha=factor)
+
+    @cached_property
+    def _turns(self) -> Tensor:
+        """rescale R^T - 1, (k, n, n) float32."""
+        turns = self.rotations().mT
         if self.rescale is not None:
-            turned.mul_(self.rescale.to(weight.dtype).reshape(-1, 1)[first:last])
-        return turned.sub_(weight)
+            turns = turns * self.rescale.double().reshape(-1, self.rank, 1)
+        return (turns - torch.eye(self.rank, dtype=torch.float64)).float()
 
     def update(self, dtype: torch.dtype = torch.float32) -> Tensor:
         raise ValueError("what an OFT adds depends on the weight")

@@ -18,7 +18,7 @@ from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.index import LayerKey
 from spf_kit.adapters.keys import Format
 from spf_kit.adapters.layers import LoraLayer, Update
-from spf_kit.adapters.low_rank import Share, square_of_product, whole_residual
+from spf_kit.adapters.low_rank import Share, square, square_of_product, whole_residual
 from spf_kit.adapters.merge_loras import merge_layer
 from spf_kit.adapters.parts import NAMES
 from spf_kit.adapters.streaming import Progress
@@ -124,12 +124,15 @@ def share(before: Update, after: Update) -> Share:
     """How much of an update another keeps, both without DoRA: |U|^2 - |U - U'|^2 and |U - U'|^2.
 
     With U - U' as one product of thin factors, whose triangles by QR have its norm: a difference of squared
-    norms would drown in rounding.
+    norms would drown in rounding. Where they are not thin (LoHa of a large rank), as the matrix that it is.
     """
     (up, down), (new_up, new_down) = before.factors(), after.factors()
     total = square_of_product(up, down)
     if up.shape == new_up.shape and torch.equal(up, new_up) and torch.equal(down, new_down):
         return Share(total, 0.0)
+    if up.shape[1] >= min(len(up), down.shape[1]):
+        rest = (up @ down).addmm_(new_up, new_down, alpha=-1)
+        return Share(total - square(rest), square(rest))
     lost = square_of_product(torch.cat([up, -new_up], dim=1), torch.cat([down, new_down]))
     return Share(total - lost, lost)
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from spf_kit.adapters.parts import Shape
+from spf_kit.adapters.scratch import Scratch
 from spf_kit.adapters.update import EPSILON, Update
 
-BLOCK = 2**19  # values of a block, about; 2 MB in float32
+BLOCK = 2**18  # values of a block, about; 1 MB in float32
 
 Blocks = Callable[
     [], Iterable[tuple[int, Tensor]]
@@ -44,16 +45,16 @@ class Adder:
         self._columns = self._factor_of_inputs(blocks) if layer.dora_axis == 1 else None
         self.reads_weight = layer.dora_scale is not None or layer.depends_on_weight
 
-    def add(self, total: Tensor, weight: Tensor, first: int, factor: float) -> None:
+    def add(self, total: Tensor, weight: Tensor, first: int, factor: float, scratch: Scratch) -> None:
         """total += factor * (W' - W) for the rows from `first` on, in place; both are (n, k), these rows.
 
         `weight` is not changed, and not read unless `reads_weight`.
         """
         layer = self._layer
         if layer.dora_scale is None:
-            layer.add_rows(total, weight, first, factor)
+            layer.add_rows(total, weight, first, factor, scratch)
             return
-        changed = layer.rows(weight, first).add_(weight)  # W + U
+        changed = self._changed(weight, first, scratch)
         if self._columns is not None:
             changed.view(len(changed), len(self._columns), -1).mul_(self._columns[:, None])
         else:
@@ -61,12 +62,19 @@ class Adder:
             changed.mul_(layer.dora_scale.reshape(-1, 1)[first : first + len(changed)] / norms)
         total.add_(changed.sub_(weight), alpha=factor)
 
+    def _changed(self, weight: Tensor, first: int, scratch: Scratch) -> Tensor:
+        """W + U."""
+        changed = scratch("changed", weight.shape).copy_(weight)
+        self._layer.add_rows(changed, weight, first, 1.0, scratch)
+        return changed
+
     def _factor_of_inputs(self, blocks: Blocks) -> Tensor:
         """m / |W + U| for magnitudes of the inputs, (i,)."""
         inputs = self._shape[1]
         squares = torch.zeros(inputs)
+        scratch = Scratch()
         for first, weight in blocks():
-            changed = self._layer.rows(weight, first).add_(weight).view(len(weight), inputs, -1)
+            changed = self._changed(weight, first, scratch).view(len(weight), inputs, -1)
             squares += changed.square_().sum(dim=(0, 2))
         assert self._layer.dora_scale is not None
         return self._layer.dora_scale.reshape(-1) / squares.sqrt_().clamp_min_(EPSILON)

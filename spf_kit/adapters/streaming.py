@@ -21,6 +21,7 @@ from torch import Tensor
 from spf_kit.adapters.index import IndexedLayer
 from spf_kit.adapters.layers import load_layer
 from spf_kit.adapters.rows import Adder, row_ranges
+from spf_kit.adapters.scratch import Scratch
 from spf_kit.adapters.tensors import DTYPES, NAMES, all_finite, is_floating
 from spf_kit.adapters.transfer import Transfer
 from spf_kit.adapters.update import Update
@@ -124,6 +125,13 @@ def _copies(start: int, target: int, size: int, names: Sequence[str]) -> Iterato
         yield Part(start + offset, target + offset, min(COPIED, size - offset), names if last else ())
 
 
+class _Own(threading.local):
+    """What each thread has of its own."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
 class _Rewriter:
     """What the threads have in common, none of which they change."""
 
@@ -137,15 +145,18 @@ class _Rewriter:
     ) -> None:
         self._header, self._described, self._changes = header, described, changes
         self._transfer, self._held, self._whole = transfer, held, threading.Semaphore(WHOLE)
+        self._own = _Own()
 
     def run(self, part: Part) -> None:
         if not part.computed:
             self._transfer.copy(part.start, part.target, part.size)
             return
         name = part.names[0]
-        weight = _Weight(self._header.tensors[name], self._transfer)
+        weight = _Weight(self._header.tensors[name], self._transfer, self._own.scratch)
         dtype = self._described[name][0]
-        target = _Target(self._header.path, name, dtype, part.target, self._transfer, weight)
+        target = _Target(
+            self._header.path, name, dtype, part.target, self._transfer, weight, self._own.scratch
+        )
         layers = self._changes.get(name, ())
         if sum(4 * change.layer.parameters for change in layers) <= self._held:
             self._by_rows(weight, target, layers)
@@ -159,9 +170,11 @@ class _Rewriter:
         adders = [_Placed.of(layer, change, weight) for layer, change in zip(layers, changes)]
         for rows in row_ranges(weight.shape, layers):
             total = weight.read(rows)
-            before = total.clone() if any(adder.reads_weight for adder in adders) else total
+            before = total
+            if any(adder.reads_weight for adder in adders):
+                before = self._own.scratch("before", total.shape).copy_(total)
             for adder in adders:
-                adder.add(total, before, rows)
+                adder.add(total, before, rows, self._own.scratch)
             target.write(total, rows)
 
     def _by_layers(self, weight: _Weight, target: _Target, changes: Sequence[Change]) -> None:
@@ -174,29 +187,29 @@ class _Rewriter:
         for rows in row_ranges(weight.shape, []):
             target.write(whole[rows.start : rows.stop], rows)
 
-    @staticmethod
-    def _add(whole: Tensor, change: Change, weight: _Weight) -> None:
+    def _add(self, whole: Tensor, change: Change, weight: _Weight) -> None:
         """One layer to a weight that is in memory whole; the layer goes when this returns."""
         layer = load_layer(change.layer)
         adder = _Placed.of(layer, change, weight)
         for rows in row_ranges(weight.shape, [layer]):
             total = whole[rows.start : rows.stop]
-            adder.add(total, weight.read(rows) if adder.reads_weight else total, rows)
+            adder.add(total, weight.read(rows) if adder.reads_weight else total, rows, self._own.scratch)
 
 
 class _Weight:
     """A tensor of the source, read by rows into float32."""
 
-    def __init__(self, info: TensorInfo, transfer: Transfer) -> None:
-        self._info, self._transfer = info, transfer
+    def __init__(self, info: TensorInfo, transfer: Transfer, scratch: Scratch) -> None:
+        self._info, self._transfer, self._scratch = info, transfer, scratch
         self.shape = info.shape or (1,)
         self.columns = math.prod(self.shape[1:])
 
-    def read(self, rows: range) -> Tensor:
-        """(n, k) float32, new."""
+    def read(self, rows: range, name: str = "weight") -> Tensor:
+        """(n, k) float32, the scratch of that name."""
         width = self.columns * DTYPES[self._info.dtype].itemsize
         data = self._transfer.read(self._info.start + rows.start * width, len(rows) * width)
-        return data.view(DTYPES[self._info.dtype]).view(len(rows), self.columns).to(torch.float32, copy=True)
+        stored = data.view(DTYPES[self._info.dtype]).view(len(rows), self.columns)
+        return self._scratch(name, stored.shape).copy_(stored)
 
 
 class _Placed:
@@ -220,26 +233,33 @@ class _Placed:
 
         return cls(Adder(layer, shape, blocks), change.factor, first, last)
 
-    def add(self, total: Tensor, before: Tensor, rows: range) -> None:
+    def add(self, total: Tensor, before: Tensor, rows: range, scratch: Scratch) -> None:
         low, high = max(rows.start, self._first), min(rows.stop, self._last)
         if low < high:
             here = slice(low - rows.start, high - rows.start)
-            self._adder.add(total[here], before[here], low - self._first, self._factor)
+            self._adder.add(total[here], before[here], low - self._first, self._factor, scratch)
 
 
 class _Target:
     """Where a tensor's rows go, rounded to its type there."""
 
     def __init__(
-        self, path: Path, name: str, dtype: str, start: int, transfer: Transfer, source: _Weight
+        self,
+        path: Path,
+        name: str,
+        dtype: str,
+        start: int,
+        transfer: Transfer,
+        source: _Weight,
+        scratch: Scratch,
     ) -> None:
         self._path, self._name, self._dtype = path, name, dtype
-        self._start, self._transfer, self._source = start, transfer, source
+        self._start, self._transfer, self._source, self._scratch = start, transfer, source, scratch
 
     def write(self, total: Tensor, rows: range) -> None:
         """Raises UserError if a value is too large for the type. `total` is (n, k) float32."""
         dtype = DTYPES[self._dtype]
-        result, largest = total.to(dtype), torch.finfo(dtype).max
+        result, largest = self._scratch("result", total.shape, dtype).copy_(total), torch.finfo(dtype).max
         low, high = torch.aminmax(total) if total.numel() else (0.0, 0.0)
         # the comparisons are false for NaN; what is NaN or infinite in the base stays so
         if not (-largest <= low and high <= largest) and self._overflows(total, result, rows):
@@ -252,7 +272,7 @@ class _Target:
     def _overflows(self, total: Tensor, result: Tensor, rows: range) -> bool:
         if all_finite(result):
             return False
-        return all_finite(total) or all_finite(self._source.read(rows))
+        return all_finite(total) or all_finite(self._source.read(rows, "source"))
 
 
 def _check_computable(header: Header, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -110,30 +110,19 @@ def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     """`sshs_model_hash`, `sshs_legacy_hash` and modelspec's `hash_sha256`, as kohya's scripts compute them.
 
     The first is the hash of the data section alone, so that other metadata does not change it (its first 12
-    digits are AutoV3). The second is A1111's oldest, 8 digits of the hash of 64 KB from 1 MB on,
-    of the file as with the `ss_` metadata alone. See kohya-ss/sd-scripts, library/train_util.py,
-    `precalculate_safetensors_hashes`.
+    digits are AutoV3), the second that of the file as with the `ss_` metadata alone. See `hashes` and
+    kohya-ss/sd-scripts, library/train_util.py, `precalculate_safetensors_hashes`.
     """
     tensors = sort_for_file(tensors)
-    model, legacy = hashlib.sha256(), hashlib.sha256()
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    position, start, end = 0, hashes.START, hashes.START + hashes.LENGTH
-    for number, part in enumerate(_pieces(tensors, training)):
-        if number:
-            model.update(part)
-        legacy.update(part[max(start - position, 0) : max(end - position, 0)])
-        position += len(part)
+    data = [tensor_bytes(tensor) for tensor in tensors.values()]
+    model = hashlib.sha256()
+    for part in data:
+        model.update(part)
     return {
         "sshs_model_hash": model.hexdigest(),
-        "sshs_legacy_hash": legacy.hexdigest()[:8],
+        "sshs_legacy_hash": hashes.legacy_of([header_bytes(tensors, hashes.training_only(metadata)), *data]),
         "modelspec.hash_sha256": f"0x{model.hexdigest()}",
     }
-
-
-def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
-    yield memoryview(header_bytes(tensors, metadata))
-    for tensor in tensors.values():
-        yield tensor_bytes(tensor)
 
 
 def is_floating(dtype: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spf_kit.adapters.parts import Shape, fits
+from spf_kit.adapters.scratch import Scratch
 
 EPSILON = 1e-12  # a weight's row of zeros has no direction: DoRA's quotient must stay finite
 
@@ -106,7 +107,7 @@ class Update(ABC):
         magnitude = self.dora_scale.to(torch.float32)
         return dora_weight(original, difference, magnitude, self.dora_axis or 0) - original
 
-    # --- some rows at a time, see `rows` ---
+    # --- some rows at a time, see `rows.py` ---
 
     @property
     def rows_together(self) -> int:
@@ -114,13 +115,12 @@ class Update(ABC):
         return 1
 
     @abstractmethod
-    def rows(self, weight: Tensor, first: int) -> Tensor:
-        """W' - W before DoRA for the rows from `first` on, new and like `weight`: (n, i h w), these rows of W
-        in float32, of which only kinds that depend on W read the values. The parts are in float32 too."""
+    def add_rows(self, total: Tensor, weight: Tensor, first: int, factor: float, scratch: Scratch) -> None:
+        """total += factor * (W' - W), before DoRA, for the rows from `first` on, in place.
 
-    def add_rows(self, total: Tensor, weight: Tensor, first: int, factor: float) -> None:
-        """total += factor * rows(weight, first) in place."""
-        total.add_(self.rows(weight, first), alpha=factor)
+        `total` and `weight` are (n, i h w), `weight` these rows of W, which only kinds that depend on W read.
+        All in float32, the parts too.
+        """
 
     def check(self, weight: Shape) -> None:
         """Raises ValueError if the update does not fit a weight of this shape."""
@@ -137,7 +137,9 @@ def thin(outputs: Tensor, inputs: Tensor, core: Tensor | None) -> tuple[Tensor, 
     """A product as (o, r) and (r, i h w) in float64; a Tucker core joins the inputs' side."""
     if core is None:
         return outputs.double(), inputs.double().flatten(1)
-    return outputs.double().T, torch.einsum("rshw,si->rihw", core.double(), inputs.double()).flatten(1)
+    return outputs.double().T.contiguous(), torch.einsum(
+        "rshw,si->rihw", core.double(), inputs.double()
+    ).flatten(1)
 
 
 def whole_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:

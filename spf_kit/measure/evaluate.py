@@ -123,7 +123,8 @@ def measure(
         probes = setup.probes(base)
         base_row = row_of(setup, base, base, drift=([0.0] * len(setup.seeds),) * 2)
         base_row |= {"base": family.base_id, "base_hash": family.base_hash(), "on": earlier.rows}
-        base_row |= {"quantize": family.quantize}  # the hash is of the weights before
+        # the hash is of the weights as their files hold them
+        base_row |= {"quantize": family.quantize, "dtype": str(family.dtype).removeprefix("torch.")}
         base_row["clip_used_by_a_loss"] = _among(setup.clip, used[None])
         for number, (name, handle) in enumerate(handles.items(), start=1):
             with _attached(family, handle, strength) as adapter:

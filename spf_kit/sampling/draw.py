@@ -127,8 +127,8 @@ def draw(
         pictures: Tensor = result.images.float().cpu()
         if not torch.isfinite(pictures).all():
             raise UserError(
-                f"the base {family.base_id!r} draws NaN in {str(family.dtype).removeprefix('torch.')}: set "
-                'base.dtype to "bfloat16" or "float32", or give it another VAE with base.vae'
+                f"the base {family.base_id!r} draws NaN in {str(family.dtype).removeprefix('torch.')}: take "
+                "bfloat16 or float32 (--dtype, in a preset base.dtype), or give it another VAE with base.vae"
             )
         return pictures
 

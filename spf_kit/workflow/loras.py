@@ -21,6 +21,8 @@ def sample(
     prompts_file: Path | None,
     strengths: str,
     size: str | None,
+    dtype: str | None,
+    quantize: str | None,
     output: Path,
     overwrite: bool,
     console: Console,
@@ -40,7 +42,7 @@ def sample(
     sampling.refuse_existing(output, overwrite=overwrite)
     chosen = [sampling.SampleLora(*parse_weighted(text)) for text in loras]
     metadata = files.read(chosen[0].path).metadata if chosen else {}
-    family = load_base(base, metadata=metadata)
+    family = load_base(base, metadata=metadata, dtype=dtype, quantize=quantize, console=console)
     with console.bar("drawing") as progress:
         drawn = sampling.sample_loras(family, chosen, grid, output, overwrite=overwrite, progress=progress)
     console.show(f"{len(drawn['pictures'])} pictures in {drawn['output']}; all of them: {drawn['grid']}")
@@ -87,6 +89,8 @@ def evaluate(
     prompts_file: Path | None,
     strength: float,
     on: Sequence[str],
+    dtype: str | None,
+    quantize: str | None,
     output: Path | None,
     overwrite: bool,
     settings: dict[str, Any],
@@ -107,7 +111,8 @@ def evaluate(
     given = {key: value for key, value in settings.items() if value is not None}
     if prompts_file:
         given["prompts"] = sampling.read_prompts(prompts_file)
-    family = load_base(base, metadata=next(iter(read.values())).metadata)
+    metadata = next(iter(read.values())).metadata
+    family = load_base(base, metadata=metadata, dtype=dtype, quantize=quantize, console=console)
     with console.bar("evaluating") as progress:
         evaluation = measuring.measure(
             family,
@@ -149,6 +154,7 @@ def share(
     base_id: str | None,
     licence: str | None,
     thumbnail: str | None,
+    dtype: str | None,
     push: str | None,
     private: bool,
     output: Path | None,
@@ -167,7 +173,8 @@ def share(
         raise UserError("--thumbnail first needs a picture: give --count 1 or --prompt, or name a file")
     finished = sharing.Run.read(run)
     url = thumbnails.make(thumbnail) if thumbnail not in (None, sharing.FIRST) else thumbnail
-    family = load_base(base, metadata=files.read(finished.lora).metadata)
+    metadata = files.read(finished.lora).metadata
+    family = load_base(base, metadata=metadata, dtype=dtype, console=console)
     with console.bar("drawing") as progress:
         sharing.share(
             finished, family, made, prompts=prompts, count=count, base_id=base_id, licence=licence,

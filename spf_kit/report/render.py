@@ -28,6 +28,17 @@ def render(template: str, title: str, context: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def piece(macro: str, *values: Any) -> str:
+    """A part of the pages, as HTML for another page that has `style()`: a macro of parts.html."""
+    return str(getattr(_environment().get_template("parts.html").module, macro)(*values))
+
+
+def style(selector: str) -> str:
+    """The pages' style sheet for the elements within `selector` alone."""
+    # the colours, set on the root of a page, belong to that element
+    return f"{selector} {{\n{_file('page.css').replace(':root {', '& {')}}}\n"
+
+
 def policy(css: str, script: str) -> str:
     """Pictures from data URLs, this very style and this very script, and nothing else from anywhere."""
     return (

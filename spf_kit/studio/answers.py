@@ -1,0 +1,53 @@
+"""How a page answers: the command line's sentences, shown and read aloud where the user looks."""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Callable
+from typing import Any
+
+from spf_kit.errors import Interrupted, UserError
+
+
+def note(label: str) -> Any:
+    """A place for sentences; a screen reader says what changes in it."""
+    import gradio as gr
+
+    return gr.HTML(
+        "", elem_classes=["note"], html_template=f'<div role="status" aria-label="{label}">${{value}}</div>'
+    )
+
+
+def said(text: str) -> str:
+    """A sentence that tells what was done, as the value of a `note`."""
+    return f"<p>{_lines(text)}</p>" if text else ""
+
+
+def wrong(text: str) -> str:
+    """An error as the value of a `note`."""
+    return f'<p class="wrong" role="alert"><b>error:</b> {_lines(text)}</p>'
+
+
+def _lines(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")
+
+
+def answering(function: Callable[..., tuple[Any, ...]], outputs: int) -> Callable[..., tuple[Any, ...]]:
+    """A callback whose last output is a `note`: where it raises UserError, the other outputs stay as they
+    are and the note shows the sentence.
+
+    Args:
+        outputs: how many the callback has, the note included.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        import gradio as gr
+
+        try:
+            return function(*args, **kwargs)
+        except (UserError, Interrupted) as error:
+            return (*[gr.skip()] * (outputs - 1), wrong(str(error)))
+
+    return call

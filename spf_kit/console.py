@@ -95,7 +95,7 @@ class Console:
                     return
                 if phase not in tasks:
                     tasks[phase] = progress.add_task(phase, total=total, text="")
-                progress.update(tasks[phase], completed=done, total=total, text=_training_words(values))
+                progress.update(tasks[phase], completed=done, total=total, text=training_words(values))
 
             yield report
 
@@ -107,7 +107,7 @@ def printable(text: str) -> str:
     )
 
 
-def _training_words(values: Mapping[str, Any]) -> str:
+def training_words(values: Mapping[str, Any]) -> str:
     """`loss 0.1234  3.2 steps/s  0:01:20 left  1.9 GiB peak`, as far as known."""
     words = []
     if (loss := values.get("loss")) is not None:

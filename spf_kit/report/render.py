@@ -33,10 +33,9 @@ def piece(macro: str, *values: Any) -> str:
     return str(getattr(_environment().get_template("parts.html").module, macro)(*values))
 
 
-def style(selector: str) -> str:
-    """The pages' style sheet for the elements within `selector` alone."""
-    # the colours, set on the root of a page, belong to that element
-    return f"{selector} {{\n{_file('page.css').replace(':root {', '& {')}}}\n"
+def style() -> str:
+    """The pages' style sheet, to stand within the rule of an element that holds pieces."""
+    return _file("page.css").replace(":root {", "& {")  # the colours are that element's
 
 
 def policy(css: str, script: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spf_kit.errors import UserError
+from spf_kit.studio import report_route
 from spf_kit.studio.folders import Folders
 from spf_kit.studio.state import Studio
 
@@ -112,6 +113,7 @@ def _launch(app: gr.Blocks, studio: Studio, host: str, port: int, password: str 
             allowed_paths=[str(root) for root in studio.folders.roots],
             theme=plain,
             css_paths=[STYLE],
+            app_kwargs={"routes": [report_route.route(studio)]},
             **options,
         )
     except OSError:

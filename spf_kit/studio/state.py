@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from spf_kit.studio.folders import Folders
+from spf_kit.studio.kept_base import KeptBase
 
 
 @dataclass(frozen=True)
@@ -21,3 +23,8 @@ class Studio:
     def run(self, name: str) -> Path:
         """The run folder `runs/NAME`. Raises UserError if the name leads outside."""
         return self.folders.check(self.runs / name)
+
+    @cached_property
+    def base(self) -> KeptBase:
+        """The base model of all pages that draw."""
+        return KeptBase(self.folders)

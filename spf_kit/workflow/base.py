@@ -9,6 +9,7 @@ from spf_kit.errors import UserError
 
 if TYPE_CHECKING:
     from spf_kit.families.base import Family
+    from spf_kit.schema import Base
 
 
 def load_base(model: str | None, *, metadata: dict[str, str] | None = None, dtype: str = "float32") -> Family:
@@ -16,8 +17,15 @@ def load_base(model: str | None, *, metadata: dict[str, str] | None = None, dtyp
 
     Raises UserError if neither names one that can be opened.
     """
-    from spf_kit import families, schema
+    from spf_kit import families
     from spf_kit.training.machine import device
+
+    return families.load(choose_base(model, metadata=metadata, dtype=dtype), device=device())
+
+
+def choose_base(model: str | None, *, metadata: dict[str, str] | None = None, dtype: str = "float32") -> Base:
+    """What `load_base` loads. Raises UserError if what a LoRA says of its base cannot be."""
+    from spf_kit import schema
 
     own = _own_base(metadata or {})
     trained_on = str(own.get("model", ""))
@@ -34,7 +42,7 @@ def load_base(model: str | None, *, metadata: dict[str, str] | None = None, dtyp
                 f"the LoRA says of its base {said}, in its metadata 'spf_kit.config', which no base can be: "
                 "the file was edited or damaged, use an earlier copy of it"
             ) from None
-    return families.load(base, device=device())
+    return base
 
 
 def _own_base(metadata: dict[str, str]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _kind(path: Path) -> str:
-    """"lora", "model", or "" for what cannot be read."""
+    """ "lora", "model", or "" for what cannot be read."""
     try:
         status = path.stat()
     except OSError:

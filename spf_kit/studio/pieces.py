@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # the handle of two pictures, as on a run's page; what is drawn anew later is within the same element
@@ -12,8 +13,6 @@ element.addEventListener("input", (event) => {
 });
 """
 _LOOK = """
-padding: 0;
-h3 { margin: 1rem 0 .25rem; }
 .compare { max-width: 34rem; }
 .bar-of-run { width: 100%; height: .75rem; accent-color: var(--accent); }
 .open { display: inline-block; margin: .5rem 0; font-weight: 600; }
@@ -28,8 +27,22 @@ def place(name: str) -> Any:
 
     return gr.HTML(
         "",
+        elem_classes=["piece"],
         html_template=f'<div role="region" aria-label="{name}">${{value}}</div>',
         css_template=style() + _LOOK,
         js_on_load=_HANDLE,
         apply_default_css=False,
     )
+
+
+def on_opening(function: Callable[[], tuple[Any, ...]], outputs: Sequence[Any]) -> None:
+    """Fill `outputs` when the page is loaded, and again whenever the tab that is being laid out is opened."""
+    import gradio as gr
+    from gradio.context import Context
+
+    tab: Any = Context.block
+    while not isinstance(tab, gr.Tab):
+        tab = tab.parent
+    quietly: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    gr.on(None, function, None, list(outputs), **quietly)
+    tab.select(function, None, list(outputs), **quietly)

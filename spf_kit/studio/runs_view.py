@@ -39,9 +39,9 @@ def heads(runs: Sequence[RunFiles], going: Sequence[bool]) -> str:
 
 def _head(label: str, run: RunFiles, going: bool) -> str:
     state = page.state(run, watching=going)
-    told = Markup('<p><strong><bdi>{}</bdi></strong> for <mark><bdi>{}</bdi></mark>: {}</p>')
+    told = Markup("<p><strong><bdi>{}</bdi></strong> for <mark><bdi>{}</bdi></mark>: {}</p>")
     bar = Markup('<progress class="bar-of-run" max="{}" value="{}" aria-label="Steps of {}"></progress>')
-    words = f"{state}  {training_words(_values(run, going))}".strip()
+    words = "; ".join(filter(None, [state, training_words(_values(run, going)).replace("  ", ", ")]))
     text = told.format(label, cut(run.target, 120), words)
     return str(text if run.finished else text + bar.format(max(run.total, 1), run.done, label))
 

@@ -1,4 +1,4 @@
-"""What lies in the studio's folders: runs, LoRAs and base models, as choices with the shortest plain names."""
+"""What lies in the studio's folders: runs, LoRAs and base models, as choices with short names."""
 
 from __future__ import annotations
 

@@ -31,10 +31,13 @@ class LoraRows:
                         info="Choose one, or type its path." if number == 1 else None,
                         allow_custom_value=True,
                         interactive=True,
+                        min_width=240,
                     )
                 )
                 self.numbers.append(
-                    gr.Slider(-1, 2, 1, step=0.05, label=f"{what.capitalize()} of LoRA {number}")
+                    gr.Slider(
+                        -1, 2, 1, step=0.05, label=f"{what.capitalize()} of LoRA {number}", min_width=240
+                    )
                 )
         self.more = gr.Button("Add another LoRA", size="sm")
         shown = gr.State(1)

@@ -56,7 +56,7 @@ def page(studio: Studio, names: list[str]) -> bytes:
 
 
 def _may(request: Request) -> bool:
-    """Whether whoever asks has signed in, where a password is asked for: as gradio's own addresses find out."""
+    """Whether whoever asks has signed in, where that is asked for; found out as gradio's own addresses do."""
     app = request.app
     names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
     return app.auth is None or any(request.cookies.get(name) in app.tokens for name in names)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spf_kit.errors import UserError
-from spf_kit.studio import found
+from spf_kit.studio import found, processes
 from spf_kit.studio.answers import note, said, wrong
 from spf_kit.studio.pieces import place
 from spf_kit.studio.state import Studio
@@ -22,18 +22,22 @@ def build(studio: Studio) -> None:
 
     gr.Markdown("## Runs")
     with gr.Row():
-        run = gr.Dropdown([], label="Run", info="The newest stands first.", interactive=True)
+        run = gr.Dropdown([], label="Run", info="The newest stands first.", interactive=True, min_width=260)
         others = gr.Dropdown(
-            [], label="Compare with", info="Other runs, beside this one.", multiselect=True, interactive=True
-        )
+            [], label="Compare with", info="Other runs, beside this one.", multiselect=True, interactive=True,
+            min_width=260,
+        )  # fmt: skip
     told = note("About these runs")
     head = place("Progress")
     figures = place("What was measured")
     with gr.Column(visible=False) as explorer:
         gr.Markdown("### Previews and maps")
         with gr.Row():
-            prompt = gr.Dropdown([], label="Prompt and seed", interactive=True)
-            step = gr.Slider(0, 1, 0, step=1, label="Step of the preview", info="0 is the base model.")
+            prompt = gr.Dropdown([], label="Prompt and seed", interactive=True, min_width=260)
+            step = gr.Slider(
+                0, 1, 0, step=1, label="Step of the preview", info="0 is the base model.", min_width=260,
+                buttons=[],
+            )  # fmt: skip
         chosen = gr.Radio([], label="Map over the picture", interactive=True)
         pictures = place("Previews")
     gr.Markdown("### Curves")
@@ -83,7 +87,9 @@ def _look(
     name = name if name in names else next(iter(names), None)
     more = [other for other in more or [] if other in names and other != name]
     picked = _chosen(name, more)
-    now = (names, picked, [_signature(studio.runs / one) for one in picked])
+    at_work = processes.running()
+    going = [(studio.runs / one).resolve() in at_work for one in picked]
+    now = (names, picked, going, [_signature(studio.runs / one) for one in picked])
     nothing = [gr.skip()] * 12
     if now == seen:
         return tuple(nothing)
@@ -91,23 +97,24 @@ def _look(
     if not picked:
         return (*choices, said(NOTHING), "", "", "", gr.update(visible=False), *nothing[:4], now)
     try:
-        shown = _show(studio, picked)
+        shown = _show(studio, picked, going)
     except UserError as error:
         return (*choices, wrong(str(error)), "", "", "", gr.update(visible=False), *nothing[:4], now)
     another = seen is None or seen[1][:1] != picked[:1]
     return (*choices, *shown, *_explorer(studio, picked, prompt, chosen, step, another), now)
 
 
-def _show(studio: Studio, picked: Sequence[str]) -> list[str]:
+def _show(studio: Studio, picked: Sequence[str], going: Sequence[bool]) -> list[str]:
     """Sentences, progress, figures and curves."""
     from spf_kit.report.reader import gather
     from spf_kit.studio import runs_view
 
     runs = [gather(studio.run(name), pictures=False) for name in picked]
-    damaged = [f"damaged and left out: {', '.join(run.damaged)}" for run in runs if run.damaged]
-    going = [not run.finished for run in runs]
+    sentences = [f"damaged and left out: {', '.join(run.damaged)}" for run in runs if run.damaged]
+    ended = [run for run, works in zip(runs, going, strict=True) if not (works or run.finished)]
+    sentences += [processes.last_words(run.folder) for run in ended]
     return [
-        said("\n".join(damaged)),
+        said("\n".join(filter(None, sentences))),
         runs_view.heads(runs, going),
         runs_view.figures(runs),
         runs_view.plots(runs),

@@ -39,6 +39,8 @@ def heads(runs: Sequence[RunFiles], going: Sequence[bool]) -> str:
 
 def _head(label: str, run: RunFiles, going: bool) -> str:
     state = page.state(run, watching=going)
+    if going and run.finished:
+        state += ", now being measured and drawn"
     told = Markup("<p><strong><bdi>{}</bdi></strong> for <mark><bdi>{}</bdi></mark>: {}</p>")
     bar = Markup('<progress class="bar-of-run" max="{}" value="{}" aria-label="Steps of {}"></progress>')
     words = "; ".join(filter(None, [state, training_words(_values(run, going)).replace("  ", ", ")]))

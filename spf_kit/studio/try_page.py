@@ -63,7 +63,7 @@ def build(studio: Studio) -> None:
                 kept = note("Saving")
     drawn = gr.State([])
 
-    def on_draw(*values: Any, progress: Any = gr.Progress()) -> tuple[Any, ...]:
+    def on_draw(*values: Any, progress: Any = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
         return _draw(studio, values, progress)
 
     def on_save(entries: list[Entry], where: str, replace: bool) -> tuple[str]:

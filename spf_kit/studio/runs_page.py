@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from spf_kit.studio.pieces import place
 from spf_kit.studio.state import Studio
 
 EVERY = 2.0  # seconds between two looks at the disk
+SHARE, LONGEST = 10, 20.0  # drawing long curves takes a tenth of the time, waiting 20 seconds at most
 NOTHING = "There is no run yet: start one on the page Train."
 
 
@@ -71,6 +74,21 @@ def _chosen(name: str | None, more: list[str] | None) -> list[str]:
     return list(dict.fromkeys([name, *(more or [])])) if name else []
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What an open page shows, by which it is known whether there is anything new."""
+
+    names: list[str]
+    picked: list[str]
+    going: list[bool]
+    files: list[Any]
+    due: float = 0.0  # not to be drawn anew before
+
+    def is_still(self, now: Seen) -> bool:
+        same = (self.names, self.picked, self.going) == (now.names, now.picked, now.going)
+        return same and (self.files == now.files or time.monotonic() < self.due)
+
+
 def _look(
     studio: Studio,
     name: str | None,
@@ -78,30 +96,33 @@ def _look(
     prompt: str | None,
     chosen: str | None,
     step: int,
-    seen: Any,
+    seen: Seen | None,
 ) -> tuple[Any, ...]:
     """Everything of the page that has changed on the disk or by the choice of runs."""
     import gradio as gr
 
-    names = found.runs(studio)
+    names, at_work = found.runs(studio), processes.running()
     name = name if name in names else next(iter(names), None)
-    more = [other for other in more or [] if other in names and other != name]
-    picked = _chosen(name, more)
-    at_work = processes.running()
+    picked = [one for one in _chosen(name, more) if one in names]
     going = [(studio.runs / one).resolve() in at_work for one in picked]
-    now = (names, picked, going, [_signature(studio.runs / one) for one in picked])
+    now = Seen(names, picked, going, [_signature(studio.runs / one) for one in picked])
     nothing = [gr.skip()] * 12
-    if now == seen:
+    if seen is not None and seen.is_still(now):
         return tuple(nothing)
-    choices = [gr.update(choices=names, value=name), gr.update(choices=names, value=more)]
-    if not picked:
-        return (*choices, said(NOTHING), "", "", "", gr.update(visible=False), *nothing[:4], now)
+    choices = [gr.update(choices=names, value=name), gr.update(choices=names, value=picked[1:])]
+    began = time.monotonic()
     try:
+        if not picked:
+            raise UserError(NOTHING)
         shown = _show(studio, picked, going)
     except UserError as error:
-        return (*choices, wrong(str(error)), "", "", "", gr.update(visible=False), *nothing[:4], now)
-    another = seen is None or seen[1][:1] != picked[:1]
-    return (*choices, *shown, *_explorer(studio, picked, prompt, chosen, step, another), now)
+        told = wrong(str(error)) if picked else said(str(error))
+        return (*choices, told, "", "", "", gr.update(visible=False), *nothing[:4], now)
+    another = seen is None or seen.picked[:1] != picked[:1]
+    explorer = _explorer(studio, picked, prompt, chosen, step, another)
+    ended = time.monotonic()
+    due = ended + min(SHARE * (ended - began), LONGEST)
+    return (*choices, *shown, *explorer, replace(now, due=due))
 
 
 def _show(studio: Studio, picked: Sequence[str], going: Sequence[bool]) -> list[str]:

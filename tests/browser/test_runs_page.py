@@ -170,6 +170,28 @@ def test_what_is_new_on_the_disk_appears_by_itself(page: Page, studio: Running) 
         shutil.rmtree(grown)
 
 
+def test_a_strangers_texts_stay_texts(page: Page, studio: Running) -> None:
+    hostile = '<img src=x onerror="window.hit=1"> ${window.hit=1} {{hit}} `'
+    folder = studio.runs / "hostile"
+    shutil.copytree(studio.runs / "first", folder)
+    try:
+        config = (folder / "config.toml").read_text()
+        assert '"wearing glasses"' in config
+        (folder / "config.toml").write_text(config.replace('"wearing glasses"', f"'''{hostile}'''"))
+        for file in (folder / "report/previews").glob("*.json"):
+            record = json.loads(file.read_text())
+            for case in record["cases"]:
+                case["prompt"] = hostile
+            file.write_text(json.dumps(record))
+        go(page, "Runs")
+        choose(page, "Run", "hostile")
+        region(page, "Progress").get_by_text(hostile).wait_for()
+        region(page, "Previews").get_by_alt_text(f"asked, step 4: {hostile}").first.wait_for()
+        assert page.evaluate("window.hit") is None
+    finally:
+        shutil.rmtree(folder)
+
+
 def test_it_fits_on_a_phone(open_page: Callable[..., Page]) -> None:
     page = open_page("Runs", NARROW)
     choose(page, "Run", "first")

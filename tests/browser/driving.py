@@ -49,7 +49,7 @@ class Running:
             cwd=self.folder,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"},
+            env={**os.environ, "NO_PROXY": "127.0.0.1"},
             # a shell's background jobs ignore Ctrl-C, and so would what they start
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )

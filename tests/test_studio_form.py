@@ -8,7 +8,7 @@ import pytest
 
 from spf_kit import config
 from spf_kit.discovery import available
-from spf_kit.studio import form
+from spf_kit.studio import form, loss_form
 
 FIELDS = [field for fields in form.section_fields().values() for field in fields]
 OTHERS: dict[str, Any] = {"number": 3, "text": "x y", "lines": ["a, b", "c"], "toml": {"mid": 4}}
@@ -71,5 +71,27 @@ def test_every_plugin_has_a_form() -> None:
         }
 
 
+def test_losses_are_a_form_that_says_what_is_wrong_beside_the_field() -> None:
+    fields = form.model_fields(available([])["denoising"], "loss.a", without=("id",))
+    values = {field.key: None for field in fields} | {"loss.a.weight": 1.0, "loss.a.enabled": True}
+    loss = loss_form.Loss("a", "denoising", "<learn>", fields, values)
+    plain = loss_form.form([loss], {}, {})
+    shown = loss_form.form([loss], {"loss.a.weight": -1}, {"loss.a.weight": "must be at least 0"})
+    assert "&lt;learn&gt;" in plain
+    assert 'aria-invalid="true"' not in plain
+    assert shown.count('aria-invalid="true"') == 1
+    assert "<b>error:</b> must be at least 0" in shown
+    assert 'data-key="loss.a.weight"' in shown
+    assert 'value="-1"' in shown
+    other = loss_form.form(
+        [loss_form.Loss("a", "denoising", "", fields, values | {"loss.a.weight": 2})], {}, {}
+    )
+    assert plain.split(">")[0] == shown.split(">")[0] != other.split(">")[0]
+    by_key = {field.key: field for field in fields}
+    assert loss_form.given(by_key["loss.a.weight"], "0.5") == 0.5
+    assert loss_form.given(by_key["loss.a.weight"], " ") is None
+    assert loss_form.given(by_key["loss.a.enabled"], False) is False
+
+
 def test_text_is_shown_as_itself() -> None:
-    assert form.plain("*.to_k <b> $x$") == r"\*\.to\_k &lt;b&gt; \$x\$"
+    assert form.plain("*.to_k <b> $x$") == "&#42;.to&#95;k &lt;b&gt; &#36;x&#36;"

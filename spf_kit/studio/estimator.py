@@ -119,8 +119,6 @@ def main() -> None:
     from spf_kit.console import quiet_libraries
 
     quiet_libraries()
-    if hasattr(os, "nice"):
-        os.nice(5)  # pages, and their checks, come first
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     serve(sys.stdin, answers)

@@ -30,7 +30,7 @@ FIRST = (
     "evaluate.enabled",
 )  # shown at once; everything else is folded, by section
 UNSET = "(unset)"
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+.!|~$-])")
+_MARKDOWN = re.compile(r"[\\`*_\[\]~$]")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Field:
         if self.kind == "lines":
             return [line.strip() for line in (shown or "").splitlines() if line.strip()]
         if self.kind == "toml":
-            return _read(shown.strip()) if shown and shown.strip() else None
+            return read_toml(shown.strip()) if shown and shown.strip() else None
         if self.kind == "text":
             return shown or None
         return shown
@@ -126,7 +126,8 @@ def changes(fields: list[Field], shown: list[Any], plain_values: Mapping[str, An
 
 def plain(text: str) -> str:
     """Text for a place that reads Markdown and HTML, as itself."""
-    return _MARKDOWN.sub(r"\\\1", html.escape(text, quote=False)).replace("\n", " ")
+    escaped = html.escape(text, quote=False).replace("\n", " ")
+    return _MARKDOWN.sub(lambda found: f"&#{ord(found.group())};", escaped)
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -168,7 +169,7 @@ def _without_references(schema: Any, definitions: Mapping[str, Any]) -> Any:
     return schema
 
 
-def _read(text: str) -> Any:
+def read_toml(text: str) -> Any:
     """A value as TOML, else the text as it is: what is wrong with it is told where it is checked."""
     try:
         table = tomllib.loads(f"value = {text}")

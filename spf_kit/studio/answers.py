@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +30,13 @@ def wrong(text: str) -> str:
     return f'<p class="wrong" role="alert"><b>error:</b> {_lines(text)}</p>'
 
 
+def escaped(text: str) -> str:
+    """Text as itself in the HTML of a component; gradio's templates find nothing to fill in either."""
+    return re.sub(r"[{}$`\\]", lambda found: f"&#{ord(found.group())};", html.escape(text))
+
+
 def _lines(text: str) -> str:
-    return html.escape(text).replace("\n", "<br>")
+    return escaped(text).replace("\n", "<br>")
 
 
 def answering(function: Callable[..., tuple[Any, ...]], outputs: int) -> Callable[..., tuple[Any, ...]]:

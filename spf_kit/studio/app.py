@@ -93,7 +93,7 @@ def _launch(app: gr.Blocks, studio: Studio, host: str, port: int, password: str 
 
     plain = gr.themes.Base(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "Consolas", "monospace"]
-    )
+    ).set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     options: dict[str, Any] = {}
     if password:
         options["auth"] = lambda _, given: hmac.compare_digest(given.encode(), password.encode())

@@ -22,8 +22,8 @@ class Folders:
     def allows(self, path: str | Path) -> bool:
         """Whether `path`, followed to its end, lies in one of the folders. It need not exist."""
         try:
-            real = Path(os.path.realpath(Path(path).expanduser()))
-        except (OSError, ValueError):  # a loop of links, a zero byte
+            real = _real(path)
+        except (OSError, ValueError):  # such as a zero byte
             return False
         return any(real.is_relative_to(root) for root in self.roots)
 
@@ -35,7 +35,7 @@ class Folders:
                 f"({', '.join(map(str, self.roots))}): start the studio with that folder, as "
                 f"spf-kit studio FOLDER"
             )
-        return Path(os.path.realpath(Path(path).expanduser()))
+        return _real(path)
 
     def model(self, source: str) -> str:
         """A base model as the command line takes it: names and hub ids pass, paths must lie inside.
@@ -45,6 +45,10 @@ class Folders:
         if _is_name(source):
             return source
         return str(self.check(source))
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(os.path.expanduser(path)))
 
 
 def _is_name(source: str) -> bool:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -125,7 +126,7 @@ def _training() -> Iterator[tuple[psutil.Process, Path]]:
 
 def _trains(line: Sequence[str]) -> bool:
     """Whether a command line is `spf-kit train ...` or `python -m spf_kit train ...`."""
-    for name, command in zip(line, line[1:4]):
+    for name, command in pairwise(line[:4]):
         if command == "train" and Path(name).stem in ("spf-kit", "spf_kit"):
             return True
     return False

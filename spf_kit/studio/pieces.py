@@ -38,11 +38,18 @@ def place(name: str) -> Any:
 def on_opening(function: Callable[[], tuple[Any, ...]], outputs: Sequence[Any]) -> None:
     """Fill `outputs` when the page is loaded, and again whenever the tab that is being laid out is opened."""
     import gradio as gr
-    from gradio.context import Context
 
-    tab: Any = Context.block
-    while not isinstance(tab, gr.Tab):
-        tab = tab.parent
     quietly: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gr.on(None, function, None, list(outputs), **quietly)
-    tab.select(function, None, list(outputs), **quietly)
+    own_tab().select(function, None, list(outputs), **quietly)
+
+
+def own_tab() -> Any:
+    """The tab that is being laid out."""
+    import gradio as gr
+    from gradio.context import Context
+
+    block: Any = Context.block
+    while not isinstance(block, gr.Tab):
+        block = block.parent
+    return block

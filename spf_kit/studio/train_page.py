@@ -14,6 +14,7 @@ from spf_kit.studio.estimator import Estimator
 from spf_kit.studio.form import FIRST, Field, plain
 from spf_kit.studio.loss_form import Loss
 from spf_kit.studio.run_panel import RunPanel
+from spf_kit.studio.pieces import own_tab
 from spf_kit.studio.settings import Choice
 from spf_kit.studio.state import Studio
 from spf_kit.studio.train_form import HEAD, Checked, Form
@@ -146,13 +147,15 @@ class TrainPage:
             answers,
             **LIVE,
         )
+        opened = gr.State(False)
         gr.on(
-            [self.options.change, self.card.input],
+            [self.options.change, self.card.input, opened.change],
             self._estimate,
-            [self.options, self.card],
+            [self.options, self.card, opened],
             self.bar,
             **LIVE,
         )
+        own_tab().select(lambda: True, None, opened, **QUIETLY)
         self.advise.click(
             self._advise,
             [self.options, self.card, self.changed],
@@ -256,8 +259,9 @@ class TrainPage:
                     return kept if value in (None, loss.values[key]) else {**kept, key: value}
         return changed
 
-    def _estimate(self, options: dict[str, Any] | None, card: str) -> str:
-        if options is None:
+    def _estimate(self, options: dict[str, Any] | None, card: str, opened: bool = True) -> str:
+        """The bar; an estimate takes seconds of a core, so of a page that nobody has opened there is none."""
+        if options is None or not opened:
             return memory_bar.none("is estimated once the settings are right")
         try:
             return memory_bar.bar(self.estimator.ask(options, card or ""))

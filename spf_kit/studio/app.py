@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ def serve(
         app = blocks(studio)
         _launch(app, studio, host, port, password)
         say(f"studio: {app.local_url}")
+        threading.Thread(target=_warm, daemon=True).start()
         app.block_thread()
 
 
@@ -86,6 +88,11 @@ def _settle(scratch: str) -> None:
         import gradio  # noqa: F401
     except ImportError:
         raise UserError("the studio needs gradio: pip install 'spf-kit[ui]'") from None
+
+
+def _warm() -> None:
+    """Import what the first look at a preset needs, while nobody waits for it."""
+    import spf_kit.losses  # noqa: F401
 
 
 def _launch(app: gr.Blocks, studio: Studio, host: str, port: int, password: str | None) -> None:

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spf_kit.config import load
-from spf_kit.data.captions import derive
-from spf_kit.data.check import Reads, check, words_cut
 from spf_kit.data.pictures import Picture, examine, find
 from spf_kit.embedded import FOLDER, data_path
 from spf_kit.errors import UserError
 from spf_kit.schema import Data
+
+if TYPE_CHECKING:
+    from spf_kit.data.check import Reads
 
 ANY_PRESET = "glasses"  # only [data] is read of it, which is that of the base
 KEPT = 20_000  # pictures whose examination is remembered
@@ -90,6 +92,8 @@ def look(folder: Path, target: str, base: str, allows: Callable[[Path], bool]) -
 
     Raises UserError if there is no such folder, or no such base.
     """
+    from spf_kit.data.check import check  # imports torch, which the studio's start does not wait for
+
     reads = reading(base)
     settings = load(ANY_PRESET, base=base, data=str(folder)).config.data
     found = find(folder, settings)
@@ -126,6 +130,9 @@ def reading(base: str) -> Reads:
 
 
 def _card(picture: Picture, twin: str, target: str, settings: Data, reads: Reads) -> Card:
+    from spf_kit.data.captions import derive
+    from spf_kit.data.check import words_cut
+
     caption = derive(picture.caption_text or "", target)
     return Card(picture, words_cut(caption, settings, reads), caption.names_target, twin)
 

@@ -1,4 +1,4 @@
-"""The pages Data and Train in a browser: edits and their undo, errors beside the field, a run and its resume."""
+"""The pages Data and Train in a browser: edits and undo, errors beside their field, a run and its resume."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from driving import PATIENCE, Running, go, open_folder, set_number
+from driving import PATIENCE, Running, go
 
 from spf_kit import embedded
 
@@ -32,6 +32,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def field(page: Page, name: str) -> Locator:
     return page.get_by_role("textbox", name=re.compile(f"^{name}"))
+
+
+def open_folder(page: Page, folder: str) -> None:
+    place = page.get_by_role("combobox", name="Folder of pictures", exact=True)
+    place.fill(folder)
+    place.press("Enter")
+    page.get_by_role("button", name="Open", exact=True).click()
 
 
 def command(page: Page, *parts: str) -> str:
@@ -119,7 +126,7 @@ def test_memory_is_a_bar_against_the_card(page: Page) -> None:
 
 def test_a_run_is_started_stopped_and_resumed_and_refused_twice(page: Page, studio: Running) -> None:
     go(page, "Train")
-    set_number(page, "train.steps", 3000)
+    page.get_by_role("spinbutton", name="train.steps", exact=True).fill("3000")
     command(page, "--set train.steps=3000")
     start, state = (
         page.get_by_role("button", name="Start", exact=True),

@@ -13,8 +13,8 @@ from spf_kit.studio.answers import note, said, wrong
 from spf_kit.studio.estimator import Estimator
 from spf_kit.studio.form import FIRST, Field, plain
 from spf_kit.studio.loss_form import Loss
-from spf_kit.studio.run_panel import RunPanel
 from spf_kit.studio.pieces import own_tab
+from spf_kit.studio.run_panel import RunPanel
 from spf_kit.studio.settings import Choice
 from spf_kit.studio.state import Studio
 from spf_kit.studio.train_form import HEAD, Checked, Form

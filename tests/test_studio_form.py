@@ -91,7 +91,3 @@ def test_losses_are_a_form_that_says_what_is_wrong_beside_the_field() -> None:
     assert loss_form.given(by_key["loss.a.weight"], "0.5") == 0.5
     assert loss_form.given(by_key["loss.a.weight"], " ") is None
     assert loss_form.given(by_key["loss.a.enabled"], False) is False
-
-
-def test_text_is_shown_as_itself() -> None:
-    assert form.plain("*.to_k <b> $x$") == "&#42;.to&#95;k &lt;b&gt; &#36;x&#36;"

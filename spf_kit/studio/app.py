@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from spf_kit.errors import UserError
 from spf_kit.studio import report_route
 from spf_kit.studio.folders import Folders
+from spf_kit.studio.guard import LOCAL, OwnPages
 from spf_kit.studio.state import Studio
 
 if TYPE_CHECKING:
     import gradio as gr
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
 PASSWORD = "SPF_KIT_STUDIO_PASSWORD"  # environment variable
 STYLE = Path(__file__).with_name("studio.css")
 
@@ -90,11 +90,15 @@ def _settle(scratch: str) -> None:
 
 def _launch(app: gr.Blocks, studio: Studio, host: str, port: int, password: str | None) -> None:
     import gradio as gr
+    from starlette.middleware import Middleware
 
     plain = gr.themes.Base(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "Consolas", "monospace"]
     ).set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     options: dict[str, Any] = {}
+    asked: dict[str, Any] = {"routes": [report_route.route(studio)]}
+    if host in LOCAL and not password:
+        asked["middleware"] = [Middleware(OwnPages)]
     if password:
         options["auth"] = lambda _, given: hmac.compare_digest(given.encode(), password.encode())
         options["auth_message"] = "Any user name, and the password that the studio was started with."
@@ -110,10 +114,10 @@ def _launch(app: gr.Blocks, studio: Studio, host: str, port: int, password: str 
             mcp_server=False,
             enable_monitoring=False,
             footer_links=[],
-            allowed_paths=[str(root) for root in studio.folders.roots],
+            allowed_paths=[],  # pages carry their pictures: no file has an address
             theme=plain,
             css_paths=[STYLE],
-            app_kwargs={"routes": [report_route.route(studio)]},
+            app_kwargs=asked,
             **options,
         )
     except OSError:

@@ -58,7 +58,7 @@ class DataPage:
                 min_width=320,
             )
             self.target = gr.Textbox(
-                "wearing glasses", label="Target phrase", info="asks for the attribute; marked in captions"
+                "wearing glasses", label="Target phrase", info="asks for the attribute; is marked below"
             )
             self.base = gr.Dropdown(
                 ["embedded", *map(str, train_choices.models(self.studio))],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ FIRST = (
     "evaluate.enabled",
 )  # shown at once; everything else is folded, by section
 UNSET = "(unset)"
-_MARKDOWN = re.compile(r"[\\`*_\[\]~$]")
 
 
 @dataclass(frozen=True)
@@ -125,9 +122,8 @@ def changes(fields: list[Field], shown: list[Any], plain_values: Mapping[str, An
 
 
 def plain(text: str) -> str:
-    """Text for a place that reads Markdown and HTML, as itself."""
-    escaped = html.escape(text, quote=False).replace("\n", " ")
-    return _MARKDOWN.sub(lambda found: f"&#{ord(found.group())};", escaped)
+    """Text on one line, for a field's help; gradio takes it for text with a little Markdown."""
+    return " ".join(text.split())
 
 
 def _same(value: Any, other: Any) -> bool:

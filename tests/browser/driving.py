@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 SHOTS = ROOT / "screenshots"  # ignored by git; what CI keeps
-PATIENCE = 120.0  # seconds: for conditions that hold after a few, on machines that are busy
+PATIENCE = 300.0  # seconds: for conditions that hold after a few, on machines that are busy
 WIDE, NARROW = (1280, 900), (390, 844)
 SHORT = [
     "--steps", "4", "--set", "preview.every=2", "--set", "preview.steps=2", "--set", "preview.count=2",
@@ -100,6 +101,47 @@ def choose(page: Page, label: str, name: str) -> None:
     """An entry of a list."""
     page.get_by_role("combobox", name=label, exact=True).click()
     page.get_by_role("option", name=name, exact=True).click()
+
+
+def write(page: Page, label: str, text: str) -> None:
+    """An entry that no list has."""
+    field = page.get_by_role("combobox", name=label, exact=True)
+    field.fill(text)
+    field.press("Enter")
+
+
+def set_number(page: Page, label: str, value: float) -> None:
+    field = page.get_by_role("spinbutton", name=label, exact=True)
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def open_folder(page: Page, folder: str) -> None:
+    """Look at a folder of pictures on the page "Data"."""
+    write(page, "Folder of pictures", folder)
+    page.get_by_role("button", name="Open", exact=True).click()
+
+
+def start_run(page: Page, name: str, *, pictures: str, steps: int, preview_every: int) -> None:
+    """Fill the form of the page "Train" and start; what is drawn and measured is short."""
+    write(page, "Pictures", pictures)
+    page.get_by_role("textbox", name=re.compile("^Name of the run")).fill(name)
+    set_number(page, "train.steps", steps)
+    set_number(page, "preview.every", preview_every)
+    for section, values in {
+        "preview": {"preview.count": 1, "preview.steps": 2},
+        "evaluate": {"evaluate.count": 2, "evaluate.steps": 2},
+    }.items():
+        page.get_by_role("button", name=re.compile(rf"^\[{section}\]")).click()
+        for key, value in values.items():
+            set_number(page, key, value)
+    command = re.compile(rf"train.steps={steps} .*evaluate.steps=2 ")
+    page.wait_for_function(
+        "text => [...document.querySelectorAll('textarea')].some((one) => new RegExp(text).test(one.value))",
+        arg=command.pattern,
+    )
+    page.get_by_role("button", name="Start", exact=True).click()
+    page.get_by_text(f"{name} was started").wait_for()
 
 
 def region(page: Page, name: str) -> Locator:

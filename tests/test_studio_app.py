@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import subprocess
 import sys
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -152,3 +153,19 @@ def test_a_port_that_is_taken(folder: Path, tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port} is taken: choose another"):
             serve(folder, port=port)
+
+
+def test_pages_are_laid_out_without_torch(folder: Path, tmp_path: Path) -> None:
+    """Which takes longer to import than the studio may take to start."""
+    code = f"""
+import sys
+from pathlib import Path
+from spf_kit.studio import app
+from spf_kit.studio.folders import Folders
+from spf_kit.studio.state import Studio
+app._settle({str(tmp_path)!r})
+app.blocks(Studio(Folders([Path({str(folder)!r})]), Path({str(folder / "runs")!r})))
+print(sorted({{'torch', 'transformers', 'diffusers', 'matplotlib'}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

@@ -16,6 +16,7 @@ from spf_kit.studio import grid, pictures, train_choices
 from spf_kit.studio.answers import note, said, wrong
 from spf_kit.studio.captions import CaptionFolder, copy_samples
 from spf_kit.studio.pictures import SAMPLES, Look
+from spf_kit.studio.pieces import own_tab
 from spf_kit.studio.state import Studio
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
@@ -47,10 +48,9 @@ class DataPage:
     # --- layout -------------------------------------------------------------------------------------------
 
     def _lay_out_folder(self) -> None:
-        samples = [SAMPLES + name for name in data_names()]
         with gr.Row():
             self.folder = gr.Dropdown(
-                [*map(str, train_choices.folders(self.studio)), *samples],
+                self._folders(),
                 value=None,
                 label="Folder of pictures",
                 info="with captions; the sample pictures are there to look at",
@@ -109,6 +109,13 @@ class DataPage:
             button.click(edit, [*view, self.tag, self.by], [self.edited, *self._shown], **PRIVATE)
         self.undo.click(self._undo, view, [self.edited, self.caption, *self._shown], **PRIVATE)
         self.copy.click(self._copy, [*place, self.copy_name], [self.folder, *self._all], **PRIVATE)
+
+        own_tab().select(lambda: gr.update(choices=self._folders()), None, self.folder, **PRIVATE)
+
+    def _folders(self) -> list[str]:
+        """What can be opened."""
+        own = map(str, train_choices.folders(self.studio))
+        return [*own, *(SAMPLES + name for name in data_names())]
 
     @property
     def _all(self) -> list[Any]:

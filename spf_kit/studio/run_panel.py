@@ -9,6 +9,7 @@ import gradio as gr
 from spf_kit.errors import UserError
 from spf_kit.studio import processes, run_state
 from spf_kit.studio.answers import note, said, wrong
+from spf_kit.studio.pieces import own_tab
 from spf_kit.studio.state import Studio
 
 EVERY = 2.0  # seconds between looks
@@ -29,6 +30,7 @@ class RunPanel:
         self.state = note("State of the run")
         outputs = [self.state, self.stop, self.resume]
         gr.on(None, self._open, None, [self.run], **QUIETLY).then(self._look, self.run, outputs, **QUIETLY)
+        own_tab().select(self._refresh, self.run, self.run, **QUIETLY)
         timer = gr.Timer(EVERY)
         gr.on([timer.tick, self.run.input], self._look, self.run, outputs, **QUIETLY)
         self.stop.click(self._stop, self.run, outputs, **QUIETLY)
@@ -49,6 +51,11 @@ class RunPanel:
     def _open(self) -> Any:
         names = self.names()
         return gr.update(choices=names, value=next(iter(names), None))
+
+    def _refresh(self, name: str | None) -> Any:
+        """The tab was opened: a terminal may have started runs."""
+        names = self.names()
+        return gr.update(choices=names, value=name or next(iter(names), None))
 
     def _look(self, name: str | None) -> tuple[Any, ...]:
         if not name:

@@ -22,6 +22,7 @@ from spf_kit.studio.train_form import HEAD, Checked, Form
 QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 LIVE: dict[str, Any] = {**QUIETLY, "trigger_mode": "always_last"}
 FIRST_CHOICE = Choice("glasses")
+OFFERED = ("preset", "base", "data")  # lists that grow with the folders
 
 
 def build(studio: Studio) -> None:
@@ -130,6 +131,7 @@ class TrainPage:
             self.wrong,
         ]
 
+        own_tab().select(self._choices, None, [self.head[name] for name in OFFERED], **QUIETLY)
         loaded = gr.on(None, self._open, None, [self.card, *read], **QUIETLY)
         chosen = gr.on(
             [self.head[name].input for name in ("preset", "recipe", "base", "profile", "data")],
@@ -179,6 +181,11 @@ class TrainPage:
         head = Choice(**texts)
         plain_values, _, changed, shown_wrong, *shown = given[len(names) :]
         return self.form.choice(head, shown, plain_values, changed), shown_wrong
+
+    def _choices(self) -> list[Any]:
+        """The tab was opened: there may be new folders and files to choose."""
+        offered = train_choices.head(self.studio)
+        return [gr.update(choices=offered[name][2]) for name in OFFERED]
 
     def _open(self) -> dict[Any, Any]:
         """Fill a page that was just opened."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from driving import PATIENCE, Running, go
+from driving import PATIENCE, Running, go, open_folder
 
 from spf_kit import embedded
 
@@ -32,13 +32,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def field(page: Page, name: str) -> Locator:
     return page.get_by_role("textbox", name=re.compile(f"^{name}"))
-
-
-def open_folder(page: Page, folder: str) -> None:
-    place = page.get_by_role("combobox", name="Folder of pictures", exact=True)
-    place.fill(folder)
-    place.press("Enter")
-    page.get_by_role("button", name="Open", exact=True).click()
 
 
 def command(page: Page, *parts: str) -> str:

@@ -10,6 +10,7 @@ import gradio as gr
 from spf_kit.errors import UserError
 from spf_kit.studio import loss_form, memory_bar, train_choices
 from spf_kit.studio.answers import note, said, wrong
+from spf_kit.studio.copyable import copyable, text
 from spf_kit.studio.estimator import Estimator
 from spf_kit.studio.form import FIRST, Field, plain
 from spf_kit.studio.loss_form import Loss
@@ -105,12 +106,8 @@ class TrainPage:
             self.bar = gr.HTML(memory_bar.none("is estimated as soon as the settings are read"))
         self.advise = gr.Button("Find settings that fit the card")
         gr.Markdown("### The same on the command line, and as a preset")
-        self.command = gr.Textbox(
-            "", label="Command line", lines=2, buttons=["copy"], interactive=False, elem_id="command-line"
-        )
-        self.toml = gr.Textbox(
-            "", label="Preset (TOML)", lines=4, max_lines=12, buttons=["copy"], interactive=False
-        )
+        self.command = copyable("Command line", "command-line", 2)
+        self.toml = copyable("Preset (TOML)", "preset-toml", 10)
         self.start = gr.Button("Start", variant="primary")
 
     # --- events -------------------------------------------------------------------------------------------
@@ -221,11 +218,11 @@ class TrainPage:
         checked = self.form.check(choice)
         updates = self._beside(checked, before) | {self.loss_form: self._losses(given, checked)}
         if checked.right:
-            warnings = "\n".join(f"warning: {text}" for text in checked.warnings)
+            warnings = "\n".join(f"warning: {line}" for line in checked.warnings)
             return updates | {
                 self.said: said(warnings),
-                self.command: checked.command,
-                self.toml: checked.toml,
+                self.command: text(checked.command),
+                self.toml: text(checked.toml),
                 self.options: choice.options(),
             }
         why = "\n".join(checked.wrong.values())

@@ -132,7 +132,7 @@ def _draw(studio: Studio, values: Sequence[Any], progress: Any) -> tuple[Any, ..
     assert ear.result is not None
     entries: list[Entry] = ear.result["pictures"]
     first = _key(entries[0])
-    names = {_key(entry): f"{entry['prompt']} (seed {entry['seed']})" for entry in entries}
+    names = {_key(entry): f"seed {entry['seed']}: {entry['prompt']}" for entry in entries}
     choices = [(name, key) for key, name in names.items()]
     return (
         entries,

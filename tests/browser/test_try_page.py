@@ -56,7 +56,7 @@ def test_base_and_lora_are_drawn_under_the_handle_and_saved_as_the_command_line_
     middle = lora.evaluate("one => getComputedStyle(one).clipPath")
     handle.press("End")
     assert lora.evaluate("one => getComputedStyle(one).clipPath") != middle
-    choose(page, "Picture", "a portrait, blue hoodie (seed 7)")
+    choose(page, "Picture", "seed 7: a portrait, blue hoodie")
     shown.get_by_alt_text("with LoRA: a portrait, blue hoodie, seed 7").wait_for()
     shoot(page, "try")
 

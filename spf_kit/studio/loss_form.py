@@ -22,6 +22,7 @@ element.addEventListener('input', (event) => {
     trigger('input', {key: field.dataset.key, value});
   }
 });
+element.dataset.listens = 'true';
 """
 
 

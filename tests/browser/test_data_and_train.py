@@ -92,6 +92,7 @@ def test_settings_are_checked_beside_their_field_while_they_are_typed(page: Page
     assert re.search(r"^steps = 25$", field(page, "Preset").input_value(), re.MULTILINE)
 
     page.get_by_role("button", name="[[loss]]").click()
+    page.locator("[data-listens]").wait_for()
     start = page.get_by_role("spinbutton", name="loss.target.start", exact=True)
     start.fill("2")
     page.locator(".losses .wrong").get_by_text("loss.target.start = 2: must be at most 1").wait_for()

@@ -132,31 +132,38 @@ def command(json_mode: bool) -> Iterator[Console]:
     code = 0
     try:
         yield console
-    except UserError as error:
-        code = fail(console, "error", str(error), 2)
-    except Interrupted as error:
-        code = fail(console, "interrupted", str(error), 130)
-    except KeyboardInterrupt:
-        code = fail(console, "interrupted", "stopped before anything was written", 130)
     except BrokenPipeError:
         # the reader (head, less) has gone: nothing is wrong, and Python must not complain at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except MemoryError:
-        code = fail(console, "error", "out of memory: lower [train] batch_size or [data] resolution", 2)
-    except Exception as error:
-        if _out_of_device_memory(error):
-            remedy = "lower [train] batch_size or [data] resolution, or set train.gradient_checkpointing=true"
-            code = fail(console, "error", f"the device is out of memory: {remedy}", 2)
-        else:
-            traceback.print_exc()
-            sentence = f"{type(error).__name__}: {error} (a defect of spf-kit: please report the lines above)"
-            code = fail(console, "defect", sentence, 1)
+    except (Exception, KeyboardInterrupt) as error:
+        code = fail(console, *ending(error))
     if code == 0 and json_mode:
         print(json.dumps(console.result if console.result is not None else {}, allow_nan=False))
     if code:
         import typer
 
         raise typer.Exit(code)
+
+
+def ending(error: BaseException) -> tuple[str, str, int]:
+    """Why something ended, as "error", "interrupted" or "defect", a sentence, and the exit code.
+
+    A defect's traceback goes to standard error.
+    """
+    if isinstance(error, UserError):
+        return "error", str(error), 2
+    if isinstance(error, Interrupted):
+        return "interrupted", str(error), 130
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "stopped before anything was written", 130
+    if isinstance(error, MemoryError):
+        return "error", "out of memory: lower [train] batch_size or [data] resolution", 2
+    if _out_of_device_memory(error):
+        remedy = "lower [train] batch_size or [data] resolution, or set train.gradient_checkpointing=true"
+        return "error", f"the device is out of memory: {remedy}", 2
+    traceback.print_exception(error)
+    sentence = f"{type(error).__name__}: {error} (a defect of spf-kit: please report the lines above)"
+    return "defect", sentence, 1
 
 
 def quiet_libraries() -> None:
@@ -176,7 +183,7 @@ def fail(console: Console, kind: str, sentence: str, code: int) -> int:
     return code
 
 
-def _out_of_device_memory(error: Exception) -> bool:
+def _out_of_device_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 

@@ -107,6 +107,21 @@ def test_an_ear_keeps_sentences_and_hands_progress_on() -> None:
     assert ear.result == {"a": 1}
 
 
+def test_whatever_goes_wrong_is_said_as_the_command_line_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    from spf_kit.studio.answers import answering, wrong
+
+    def fail(error: Exception) -> tuple[str, str]:
+        raise error
+
+    answer = answering(fail, 2)
+    assert answer(UserError("no <run>"))[-1] == wrong("no <run>")
+    assert "out of memory: lower [train] batch_size" in answer(MemoryError())[-1]
+    assert "KeyError: &#x27;x&#x27; (a defect of spf-kit" in answer(KeyError("x"))[-1]
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "no <run>" not in said
+
+
 # --- the base that is kept --------------------------------------------------------------------------------
 
 

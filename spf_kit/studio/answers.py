@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from spf_kit.errors import Interrupted, UserError
+from spf_kit.console import ending
 
 
 def note(label: str) -> Any:
@@ -40,8 +40,8 @@ def _lines(text: str) -> str:
 
 
 def answering(function: Callable[..., tuple[Any, ...]], outputs: int) -> Callable[..., tuple[Any, ...]]:
-    """A callback whose last output is a `note`: where it raises UserError, the other outputs stay as they
-    are and the note shows the sentence.
+    """A callback whose last output is a `note`: whatever goes wrong, the other outputs stay as they are and
+    the note shows what the command line would say.
 
     Args:
         outputs: how many the callback has, the note included.
@@ -53,7 +53,8 @@ def answering(function: Callable[..., tuple[Any, ...]], outputs: int) -> Callabl
 
         try:
             return function(*args, **kwargs)
-        except (UserError, Interrupted) as error:
-            return (*[gr.skip()] * (outputs - 1), wrong(str(error)))
+        except Exception as error:
+            _, sentence, _ = ending(error)
+            return (*[gr.skip()] * (outputs - 1), wrong(sentence))
 
     return call

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spf_kit import __version__, cli_about, cli_files
+from spf_kit import __version__, cli_about, cli_files, cli_studio
 from spf_kit.cli_options import (
     BaseDtype,
     BaseModel,
@@ -306,5 +306,5 @@ def share(
         )
 
 
-for said in (cli_about.inspect, cli_about.presets, cli_about.doctor):
+for said in (cli_about.inspect, cli_about.presets, cli_about.doctor, cli_studio.studio):
     app.command()(said)

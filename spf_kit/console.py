@@ -98,7 +98,7 @@ class Console:
                     return
                 if phase not in tasks:
                     tasks[phase] = progress.add_task(phase, total=total, text="")
-                progress.update(tasks[phase], completed=done, total=total, text=_training_words(values))
+                progress.update(tasks[phase], completed=done, total=total, text=training_words(values))
 
             yield report
 
@@ -110,7 +110,7 @@ def printable(text: str) -> str:
     )
 
 
-def _training_words(values: Mapping[str, Any]) -> str:
+def training_words(values: Mapping[str, Any]) -> str:
     """`loss 0.1234  3.2 steps/s  0:01:20 left  1.9 GiB peak`, as far as known."""
     words = []
     if (loss := values.get("loss")) is not None:
@@ -142,34 +142,39 @@ def command(json_mode: bool, *, several: bool = False) -> Iterator[Console]:
     code = 0
     try:
         yield console
-    except UserError as error:
-        code = fail(console, "error", str(error), 2)
-    except Interrupted as error:
-        code = fail(console, "interrupted", str(error), 130)
-    except KeyboardInterrupt:
-        code = fail(console, "interrupted", "stopped before anything was written", 130)
     except BrokenPipeError:
         # the reader (head, less) has gone: nothing is wrong, and Python must not complain at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except MemoryError:
-        code = fail(console, "error", "out of memory: lower [train] batch_size or [data] resolution", 2)
-    except Exception as error:
-        code = _fail_unforeseen(console, error)
+    except (Exception, KeyboardInterrupt) as error:
+        kind, sentence, exit_code = ending(error)
+        code = fail(console, kind, sentence, exit_code, traceback_of=error if kind == "defect" else None)
     if code == 0 and json_mode and not console.quiet:
         print(json.dumps(console.result if console.result is not None else {}, allow_nan=False))
     if code:
         raise typer.Exit(code)
 
 
-def _fail_unforeseen(console: Console, error: Exception) -> int:
+def ending(error: BaseException) -> tuple[str, str, int]:
+    """Why something ended, as "error", "interrupted" or "defect", a sentence, and the exit code.
+
+    Whoever asks prints a defect's traceback.
+    """
+    if isinstance(error, UserError):
+        return "error", str(error), 2
+    if isinstance(error, Interrupted):
+        return "interrupted", str(error), 130
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "stopped before anything was written", 130
+    if isinstance(error, MemoryError):
+        return "error", "out of memory: lower [train] batch_size or [data] resolution", 2
     if _out_of_device_memory(error):
         remedy = "lower [train] batch_size or [data] resolution, or set train.gradient_checkpointing=true"
-        return fail(console, "error", f"the device is out of memory: {remedy}", 2)
+        return "error", f"the device is out of memory: {remedy}", 2
     if launch.lost_another(error):
         sentence = "another process of this run was killed, and its machine's log says why (out of memory?)"
-        return fail(console, "error", f"{sentence}; go on with --resume", 1)
+        return "error", f"{sentence}; go on with --resume", 1
     sentence = f"{type(error).__name__}: {error} (a defect of spf-kit: please report the lines above)"
-    return fail(console, "defect", sentence, 1, traceback_of=error)
+    return "defect", sentence, 1
 
 
 def quiet_libraries() -> None:
@@ -181,7 +186,7 @@ def quiet_libraries() -> None:
 
 
 def fail(
-    console: Console, kind: str, sentence: str, code: int, *, traceback_of: Exception | None = None
+    console: Console, kind: str, sentence: str, code: int, *, traceback_of: BaseException | None = None
 ) -> int:
     """Print why the command ends; returns the exit code. Of several processes the first to fail does."""
     due = launch.ends_first(code)
@@ -199,7 +204,7 @@ def fail(
     return code
 
 
-def _out_of_device_memory(error: Exception) -> bool:
+def _out_of_device_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 

@@ -45,6 +45,7 @@ LIGHT = (
     "cli.py",
     "cli_files.py",
     "cli_about.py",
+    "cli_studio.py",
     "cli_options.py",
     "console.py",
     "errors.py",
@@ -119,6 +120,12 @@ def test_the_command_line_starts_without_torch(name: str) -> None:
         n for n in imports(path, top_level_only=True) if n.split(".")[0] in HEAVY or n == "spf_kit.losses"
     }
     assert not heavy, f"{name} imports {heavy} when it is imported"
+
+
+def test_only_its_command_knows_the_studio() -> None:
+    for file in files("spf_kit"):
+        if "studio" not in file.parts and file.name != "cli_studio.py":
+            assert not [name for name in imports(file) if name.startswith("spf_kit.studio")], file
 
 
 def test_is_sdxl_lives_in_families_only() -> None:

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from spf_kit import config
 from spf_kit.config.lines import key_lines, parse_key
+from spf_kit.config.options import command_line
+from spf_kit.config.problems import Problems
 from spf_kit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -884,3 +886,44 @@ def test_a_preset_leaves_a_loss_of_its_recipe_out(tmp_path: Path) -> None:
     assert untied.plugins[-1].mask is None
     with pytest.raises(UserError, match="where"):
         config.load("glasses", recipe="naive", sets=[*masked, "loss.where.enabled=false"])
+
+
+PLAIN = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12
+)  # no command line holds a zero byte
+VALUES = st.recursive(
+    st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False) | PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(PLAIN.filter(lambda name: name and "=" not in name), VALUES)
+def test_what_set_takes_is_read_as_the_same_value(name: str, value: Any) -> None:
+    problems = Problems("")
+    line = command_line({}, [config.set_option(("train", "optimizer_args", name), value)], problems)
+    assert not problems.found
+    (deep,) = line.tables
+    assert deep.path == ("train", "optimizer_args", name)
+    assert deep.value == value
+    assert type(deep.value) is type(value)
+
+
+def test_plain_text_stands_without_quotes() -> None:
+    assert config.set_option(("attribute", "target"), "wearing glasses") == "attribute.target=wearing glasses"
+    assert config.set_option(("attribute", "name"), "400") == 'attribute.name="400"'
+
+
+def test_what_is_wrong_is_told_key_by_key() -> None:
+    with pytest.raises(config.ConfigError) as caught:
+        config.load(
+            "glasses",
+            sets=["train.steps=0", "train.ema=2", "loss.target.weight=x", "adapter.rnk=3", "train.select=x"],
+        )
+    told = caught.value.by_key()
+    assert told["train.steps"] == "train.steps = 0: must be at least 1"
+    assert told["train.ema"] == "train.ema = 2: must be less than 1.0"
+    assert told["loss.target.weight"].startswith('loss.target.weight = "x": expected')
+    assert told["adapter.rnk"].startswith("adapter.rnk = 3: unknown key")
+    assert set(told) == {"train.steps", "train.ema", "loss.target.weight", "adapter.rnk", "train.select"}

@@ -56,6 +56,7 @@ def test_the_wheel_holds_presets_base_and_samples(wheel: Path) -> None:
         "spf_kit/presets/recipes/naive.toml",
         "spf_kit/report/template/run.html",
         "spf_kit/report/template/page.css",
+        "spf_kit/studio/studio.css",
         "spf_kit/presets/bases/embedded.toml",
         "spf_kit/plugins/denoising.py",
         "spf_kit/embedded/base/model_index.json",

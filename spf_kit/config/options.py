@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import json
+import re
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -13,9 +15,11 @@ from typing import Any
 from spf_kit.config.layers import SECTIONS, Entry, Layer, Setting
 from spf_kit.config.lines import parse_key
 from spf_kit.config.paths import absolute
-from spf_kit.config.problems import Origin, Problems, show, unknown
+from spf_kit.config.problems import DEFAULT, Origin, Problems, show, unknown
 from spf_kit.config.reading import add_setting
 from spf_kit.errors import nearest
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,31 @@ def _read_set(text: str, line: CommandLine, folder: Path, problems: Problems) ->
         line.tables.append(Deep(path, value, origin))
     else:
         problems.add(origin, f"{'.'.join(path)}: {path[0]}.{path[1]} is one value and holds no keys")
+
+
+def set_option(path: Iterable[str], value: Any) -> str:
+    """What `--set` takes to give a key a value: `train.steps=400`. The inverse of reading it.
+
+    Text stands without quotes, as people write it, wherever that is read as the same text. No part of `path`
+    may hold "=".
+    """
+    key = ".".join(part if _BARE.fullmatch(part) else toml_value(part) for part in path)
+    unread = Problems("")
+    plain = isinstance(value, str) and _value(value.strip(), DEFAULT, unread) == value and not unread
+    return f"{key}={value if plain else toml_value(value)}"
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it, on one line."""
+    if isinstance(value, dict):
+        inner = ", ".join(f"{toml_value(name)} = {toml_value(held)}" for name, held in value.items())
+        return f"{{ {inner} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, float):
+        return repr(value)
+    # TOML's basic strings take JSON's escapes, and want one more
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def _no_such(path: tuple[str, ...]) -> str:

@@ -26,8 +26,28 @@ class Origin:
 DEFAULT = Origin("default")
 
 
+_KEY = re.compile(r"(?:[a-z_]+|loss\.[^\s=:]+)\.[A-Za-z_][\w-]*(?=$|[\s=:])")
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a preset. `found` has it one by one: where it was given, and what."""
+
+    def __init__(self, sentence: str, found: Iterable[tuple[Origin, str]]) -> None:
+        super().__init__(sentence)
+        self.found = tuple(found)
+
+    def by_key(self) -> dict[str, str]:
+        """What is wrong by the key that it is about, "" for what is about none; several as several lines."""
+        told: dict[str, str] = {}
+        for _, text in self.found:
+            begins = _KEY.match(text)
+            key = begins.group() if begins else ""
+            told[key] = f"{told[key]}\n{text}" if key in told else text
+        return told
+
+
 class Problems:
-    """Collects what is wrong; `check` raises one UserError that lists it all."""
+    """Collects what is wrong; `check` raises one ConfigError that lists it all."""
 
     def __init__(self, name: str) -> None:
         self.name = name  # of the preset, for the head line
@@ -40,20 +60,19 @@ class Problems:
         return len(self.found)
 
     def check(self) -> None:
-        """Raise UserError if anything was found."""
+        """Raise ConfigError if anything was found."""
         if self.found:
             raise self.error()
 
-    def error(self) -> UserError:
+    def error(self) -> ConfigError:
         """What was found: one sentence, or a head line and one line for each."""
         sources = list(dict.fromkeys(origin.source for origin, _ in self.found))
         ordered = sorted(self.found, key=lambda item: (sources.index(item[0].source), item[0].line or 0))
         lines = [f"{origin}: {text}" for origin, text in ordered]
         if len(lines) == 1:
-            return UserError(lines[0])
-        return UserError(
-            "\n  ".join([f"{len(lines)} things are wrong with the preset {self.name!r}:", *lines])
-        )
+            return ConfigError(lines[0], ordered)
+        head = f"{len(lines)} things are wrong with the preset {self.name!r}:"
+        return ConfigError("\n  ".join([head, *lines]), ordered)
 
 
 def show(value: Any, limit: int = 60) -> str:

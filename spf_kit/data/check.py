@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from spf_kit.data.buckets import MAX_ASPECT, Bucket, bucket_sizes, kept_share, nearest_bucket
 from spf_kit.data.captions import Caption, derive, fit
@@ -18,12 +18,20 @@ from spf_kit.data.removal import contains, content_words
 from spf_kit.errors import UserError
 from spf_kit.schema import Data
 
-if TYPE_CHECKING:
-    from spf_kit.families.base import Family
-
 TOKENS = 75  # in one window of CLIP's text encoder, without the start and the end token
 CAPTION_EXTENSIONS = (".txt", ".caption", ".tags", ".cap")
 LOST_SHARE = 0.25  # of a picture's area, above which its crop is worth a warning
+
+
+class Reads(Protocol):
+    """What the checks ask of a base model; a family, or less (see `families.reading`)."""
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels of one latent's side."""
+
+    def count_tokens(self, text_: str) -> int:
+        """Of the text encoder that counts most, without the start and the end token."""
 
 
 @dataclass
@@ -54,7 +62,7 @@ class Report:
         return lines
 
 
-def check(pictures: Scan | Sequence[Picture], cfg: Data, target: str, family: Family) -> Report:
+def check(pictures: Scan | Sequence[Picture], cfg: Data, target: str, family: Reads) -> Report:
     """Look at every picture, caption and setting. Reads no file: `scan` has decoded them."""
     report = Report()
     if isinstance(pictures, Scan):
@@ -75,7 +83,7 @@ def check(pictures: Scan | Sequence[Picture], cfg: Data, target: str, family: Fa
     return report
 
 
-def contradictions(cfg: Data, family: Family) -> list[str]:
+def contradictions(cfg: Data, family: Reads) -> list[str]:
     """Settings of `[data]` that exclude each other or the base model."""
     found = []
     if cfg.crop == "random" and cfg.cache != "none":
@@ -116,7 +124,7 @@ def too_small(picture: Picture, cfg: Data) -> bool:
     return picture.width * picture.height < cfg.resolution**2
 
 
-def _check_target(report: Report, cfg: Data, target: str, family: Family) -> None:
+def _check_target(report: Report, cfg: Data, target: str, family: Reads) -> None:
     if not target.strip():
         report.errors.append("attribute.target is empty: name the phrase that asks for the attribute")
     try:
@@ -188,7 +196,7 @@ def _check_captions_there(report: Report, pictures: Sequence[Picture], cfg: Data
 
 
 def _check_captions(
-    report: Report, pictures: Sequence[Picture], cfg: Data, target: str, family: Family
+    report: Report, pictures: Sequence[Picture], cfg: Data, target: str, family: Reads
 ) -> None:
     words = content_words(target)
     for picture in pictures:
@@ -208,7 +216,7 @@ def _check_captions(
             report.warn("captions with 'left' or 'right', which data.flip makes wrong", picture.sample_id)
 
 
-def words_cut(caption: Caption, cfg: Data, family: Family) -> str:
+def words_cut(caption: Caption, cfg: Data, family: Reads) -> str:
     """The end of c_base that does not fit the window beside the target; "" where everything fits."""
     try:
         fitted = fit(caption, family.count_tokens, window(cfg))

@@ -33,6 +33,11 @@ def contains(text: str, phrase: str) -> bool:
     return bool(phrase.split()) and bool(_pattern(phrase).search(text))
 
 
+def places(text: str, phrase: str) -> list[tuple[int, int]]:
+    """Where `phrase` stands in `text`: the first letter of each occurrence, and the one after its last."""
+    return [found.span() for found in _pattern(phrase).finditer(text)] if phrase.split() else []
+
+
 def without(text: str, phrase: str) -> str:
     """`text` without every occurrence of `phrase` (any case; spaces and underscores are alike)."""
     if not contains(text, phrase):

@@ -71,14 +71,21 @@ def lines(found: Estimate) -> list[str]:
 
 def verdict(found: Estimate, card: int, advised: tuple[Sequence[Change], Estimate] | None) -> str:
     """One sentence on a card of so many bytes."""
+    over = fits(found, card)
     if found.needed <= card:
-        return f"fits {card / GIB:g} GB: {human(card - found.needed)} are left"
-    over = f"does not fit {card / GIB:g} GB, by {human(found.needed - card)}"
+        return over
     if advised is None:
         return f"{over}; no settings that this version has make it fit: take a smaller base or a larger card"
     changes, then = advised
     sets = " ".join(str(Change((setting,))) for setting in settings(changes))
     return f"{over}; the cheapest change that does: {sets} ({human(then.needed)})"
+
+
+def fits(found: Estimate, card: int) -> str:
+    """Whether, and by how much, as a sentence without its end."""
+    if found.needed <= card:
+        return f"fits {card / GIB:g} GB: {human(card - found.needed)} are left"
+    return f"does not fit {card / GIB:g} GB, by {human(found.needed - card)}"
 
 
 def _advice(advised: tuple[Sequence[Change], Estimate] | None) -> dict[str, Any] | None:

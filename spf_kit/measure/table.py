@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from spf_kit.errors import UserError
 from spf_kit.files import refuse_existing
-from spf_kit.sampling import save_png, to_pil
-from spf_kit.sampling.contact_sheet import sheet
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -158,6 +156,9 @@ def contact_sheet(
 
     Raises UserError if the file exists or cannot be written.
     """
+    from spf_kit.sampling import save_png, to_pil  # torch: a run's page needs the table's numbers alone
+    from spf_kit.sampling.contact_sheet import sheet
+
     refuse_existing(path, overwrite)
     words = f"“{evaluation.captions[0].target}”"
     shown = range(min(count, len(evaluation.captions)))

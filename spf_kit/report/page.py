@@ -136,12 +136,13 @@ def _explorer(previews: Sequence[PreviewRecord]) -> dict[str, Any]:
     for preview in previews:
         cases = {(case.prompt, case.seed): case for case in preview.cases}
         if all(key in cases for key in keys):
-            steps.append({"step": preview.step, "cases": [_shown(cases[key]) for key in keys]})
+            steps.append({"step": preview.step, "cases": [of_case(cases[key]) for key in keys]})
     names = [cut(f"{prompt} (seed {seed})", 120) for prompt, seed in keys]
     return {"explorer": steps, "explorer_prompts": names, "has_base": steps[0]["step"] == 0}
 
 
-def _shown(case: Case) -> dict[str, Any]:
+def of_case(case: Case) -> dict[str, Any]:
+    """One prompt of a preview with its maps, in their order."""
     order: list[Map] = [m for kind in ABOUT for m in case.maps if m.kind == kind]
     maps = [{"label": cut(m.label, 80), "picture": m.picture, "about": ABOUT[m.kind]} for m in order]
     return {"asked": case.asked, "plain": case.plain, "maps": maps}

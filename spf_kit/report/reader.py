@@ -142,8 +142,11 @@ class RunFiles:
         return sorted(self.numbers.terms, key=lambda name: order.index(name) if name in order else len(order))
 
 
-def gather(folder: Path) -> RunFiles:
-    """Read a run folder. Raises UserError if it is none."""
+def gather(folder: Path, *, pictures: bool = True) -> RunFiles:
+    """Read a run folder. Without `pictures`, which take most of the time, no previews, proof or strengths.
+
+    Raises UserError if it is none.
+    """
     config = _config(folder)
     damaged: list[str] = []
 
@@ -151,12 +154,13 @@ def gather(folder: Path) -> RunFiles:
         return _record(kind, folder.joinpath(records.FOLDER, *parts), damaged)
 
     previews = sorted((folder / records.FOLDER / records.PREVIEWS).glob("step-*.json"))
-    some = records.spread(previews, MOST_PREVIEWS)
+    some = records.spread(previews, MOST_PREVIEWS if pictures else 0)
     found = [read(records.PreviewRecord, records.PREVIEWS, file.name) for file in some]
     name = config["attribute"]["name"]
     lora = _lora(folder, name, str(section(config, "output").get("format", "kohya")))
     metadata = _metadata(lora) if lora else {}
     evaluation = _evaluation(folder / "evaluation.json", damaged)
+    drawn = evaluation if pictures else None
     return RunFiles(
         folder=folder,
         config=config,
@@ -167,8 +171,8 @@ def gather(folder: Path) -> RunFiles:
         data=read(records.DataRecord, records.DATA),
         previews=sorted((p for p in found if p), key=lambda p: p.step),
         evaluation=evaluation,
-        proof=read(records.ProofRecord, records.PROOF) if evaluation else None,
-        strengths=read(records.StrengthRecord, records.STRENGTHS) if evaluation else None,
+        proof=read(records.ProofRecord, records.PROOF) if drawn else None,
+        strengths=read(records.StrengthRecord, records.STRENGTHS) if drawn else None,
         seconds=read(records.Seconds, records.SECONDS),
         lora=lora,
         selection=_selection(metadata),

@@ -28,6 +28,16 @@ def render(template: str, title: str, context: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def piece(macro: str, *values: Any) -> str:
+    """A part of the pages, as HTML for another page that has `style()`: a macro of parts.html."""
+    return str(getattr(_environment().get_template("parts.html").module, macro)(*values))
+
+
+def style() -> str:
+    """The pages' style sheet, to stand within the rule of an element that holds pieces."""
+    return _file("page.css").replace(":root {", "& {")  # the colours are that element's
+
+
 def policy(css: str, script: str) -> str:
     """Pictures from data URLs, this very style and this very script, and nothing else from anywhere."""
     return (

@@ -31,7 +31,23 @@ def load_base(
     Raises:
         UserError: neither names a model that can be opened, or an option is unknown or cannot be used here.
     """
-    from spf_kit import families, schema
+    from spf_kit import families
+    from spf_kit.training.machine import device
+
+    chosen = choose_base(model, metadata=metadata, dtype=dtype, quantize=quantize, console=console)
+    return families.load(chosen, device=device())
+
+
+def choose_base(
+    model: str | None,
+    *,
+    metadata: dict[str, str] | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    console: Console | None = None,
+) -> Base:
+    """What `load_base` loads. Raises UserError as it does, if nothing is to be opened for that."""
+    from spf_kit import schema
     from spf_kit.training.machine import device
 
     own = _own_base(metadata or {})
@@ -43,7 +59,7 @@ def load_base(
         console.warn("float16 is many times slower than float32 on a CPU: bf16 halves the memory too")
     if Path(chosen).name == Path(trained_on).name:
         base = _as_trained(base, own)
-    return families.load(base, device=place)
+    return base
 
 
 def precision(wanted: str | None, model: str, device: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,9 @@ from spf_kit.workflow.base import load_base
 
 if TYPE_CHECKING:
     from spf_kit.console import Console
+    from spf_kit.families.base import Family
+
+    LoadBase = Callable[..., Family]  # as `load_base`
 
 
 def sample(
@@ -26,9 +29,10 @@ def sample(
     output: Path,
     overwrite: bool,
     console: Console,
+    load: LoadBase = load_base,
     **settings: Any,
 ) -> None:
-    """Draw a grid over prompts, strengths and seeds."""
+    """Draw a grid over prompts, strengths and seeds. `load` finds the base, for those who keep one open."""
     from spf_kit import sampling
     from spf_kit.adapters import files
     from spf_kit.adapters.weights import parse_weighted
@@ -42,7 +46,7 @@ def sample(
     sampling.refuse_existing(output, overwrite=overwrite)
     chosen = [sampling.SampleLora(*parse_weighted(text)) for text in loras]
     metadata = files.read(chosen[0].path).metadata if chosen else {}
-    family = load_base(base, metadata=metadata, dtype=dtype, quantize=quantize, console=console)
+    family = load(base, metadata=metadata, dtype=dtype, quantize=quantize, console=console)
     with console.bar("drawing") as progress:
         drawn = sampling.sample_loras(family, chosen, grid, output, overwrite=overwrite, progress=progress)
     console.show(f"{len(drawn['pictures'])} pictures in {drawn['output']}; all of them: {drawn['grid']}")
@@ -160,6 +164,7 @@ def share(
     output: Path | None,
     overwrite: bool,
     console: Console,
+    load: LoadBase = load_base,
 ) -> None:
     """Write the folder that is shared, and upload it if asked."""
     from spf_kit import sampling
@@ -174,7 +179,7 @@ def share(
     finished = sharing.Run.read(run)
     url = thumbnails.make(thumbnail) if thumbnail not in (None, sharing.FIRST) else thumbnail
     metadata = files.read(finished.lora).metadata
-    family = load_base(base, metadata=metadata, dtype=dtype, console=console)
+    family = load(base, metadata=metadata, dtype=dtype, console=console)
     with console.bar("drawing") as progress:
         sharing.share(
             finished, family, made, prompts=prompts, count=count, base_id=base_id, licence=licence,

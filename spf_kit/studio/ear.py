@@ -1,0 +1,43 @@
+"""What a command says, heard by a page instead of a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from spf_kit.console import Console, ProgressCallback
+
+
+class Ear(Console):
+    """The console of a command that a page called: its sentences, its result, its progress."""
+
+    def __init__(self, progress: Any = None) -> None:
+        """`progress`: a `gr.Progress`."""
+        super().__init__()
+        self.sentences: list[str] = []
+        self._progress = progress
+
+    def say(self, text: str) -> None:
+        self.sentences.append(text)
+
+    def warn(self, text: str) -> None:
+        self.sentences.append(f"warning: {text}")
+
+    def show(self, renderable: Any) -> None:
+        """Tables are for terminals; a page has the result as data."""
+        if isinstance(renderable, str):
+            self.sentences.append(renderable)
+
+    @contextmanager
+    def bar(self, description: str) -> Iterator[ProgressCallback]:
+        def update(done: int, total: int, text: str = "") -> None:
+            if self._progress is not None:
+                self._progress((done, total), desc=f"{description} {text}".strip())
+
+        update(0, 1)
+        yield update
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.sentences)

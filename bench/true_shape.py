@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import single_file_shapes, timed
-from torch import Tensor, nn
+from common import timed, write_checkpoint
+from torch import nn
 
 from spf_kit.adapters import files, keys
 from spf_kit.adapters.files import LoraFile
@@ -37,7 +37,7 @@ from spf_kit.families import ldm_keys
 from spf_kit.families.detect import shipped_config
 from spf_kit.families.loading import empty_module
 from spf_kit.families.sources import components_of
-from spf_kit.headers import encode_header, read_header
+from spf_kit.headers import read_header
 
 RANK, ALPHA = 4, 2.0
 TARGETS = ["cross-attention", "self-attention", "feed-forward", "convolutions", "text-encoder"]
@@ -49,25 +49,6 @@ SETTINGS = [
 
 
 # --- the checkpoint, and a LoRA that is trained on it -----------------------------------------------------
-
-
-def write_checkpoint(path: Path) -> Path:
-    """SD 1.5 in the LDM layout, float16: norms do nothing, other weights are small and random."""
-    shapes = dict(sorted(single_file_shapes("sd15").items()))
-    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
-    with open(path, "wb") as file:
-        file.write(encode_header({name: ("F16", shape) for name, shape in shapes.items()}, {"format": "pt"}))
-        for name, shape in shapes.items():
-            file.write(_values(name, shape, noise).half().numpy().tobytes())
-    return path
-
-
-def _values(name: str, shape: tuple[int, ...], noise: Tensor) -> Tensor:
-    if len(shape) < 2:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    count = torch.Size(shape).numel()
-    deviation = 0.5 * torch.Size(shape[1:]).numel() ** -0.5
-    return noise.repeat(-(-count // len(noise)))[:count].reshape(shape) * deviation
 
 
 def train(checkpoint: Path, folder: Path, threads: int) -> Path:

@@ -42,6 +42,9 @@ class Base(Section):
         None, description="keep the UNet's linear layers in 8-bit floats, 8-bit integers or 4 bits"
     )
     attention: Literal["sdpa", "xformers", "sliced"] = Field("sdpa", description="attention backend")
+    channels_last: bool | None = Field(
+        None, description="memory format of the UNet's convolutions; default: where it is known to be faster"
+    )
     clip_skip: int = Field(
         1, ge=1, le=12, description="text layer counted from the end; 2 for most anime models of SD 1.5"
     )

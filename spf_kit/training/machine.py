@@ -14,6 +14,7 @@ from types import FrameType
 import torch
 
 SMALL_MODEL = 30_000_000  # UNet parameters
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 8 * 2**20  # of glibc's malloc.h; bytes
 
 
 def device() -> str:
@@ -59,13 +60,25 @@ def resting(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
         module.to(device)
 
 
+def large_blocks_apart() -> None:
+    """Large blocks shall go back to the system when they are freed.
+
+    By itself glibc learns to keep blocks of up to 32 MiB in its heap, where what weights and convolutions
+    leave behind makes gaps: a tenth of a large model's memory.
+    """
+    _glibc("mallopt", M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
 def return_freed() -> None:
-    """Give freed memory back to the system: glibc keeps what tensors under 32 MiB have left, and a model that
-    is loaded next does not fit into the gaps."""
+    """Give the heap's freed memory back to the system, before what is loaded next needs room."""
     gc.collect()
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(name: str, *arguments: int) -> None:
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            getattr(ctypes.CDLL("libc.so.6"), name)(*arguments)
 
 
 class Stop:

@@ -117,6 +117,7 @@ def open_session(
     config = resolved.config
     plugins = [plugin.model_copy(deep=True) for plugin in resolved.plugins]  # they keep state
     report(0, 0, {"phase": "loading the base"})
+    machine.large_blocks_apart()
     # the UNet comes when pictures and captions are encoded and the encoders gone, but for earlier LoRAs
     family = families.load(config.base, device=str(processes.device), unet=bool(config.adapter.on))
     plugins, idle = tools.split_by_clip(plugins, config, family)

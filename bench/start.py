@@ -1,16 +1,18 @@
 """From the command to the first step, by part; and sampling beside the plain diffusers pipeline.
 
-    python bench/start.py [--rounds 5] [--base embedded]
+    python bench/start.py [--rounds 5] [--base embedded] [--parts start sampling]
 
 Start: `glasses` with the recipe spf in a process of its own; wall and CPU seconds of each part, medians.
 Sampling: the same LoRA, prompts and seeds through `spf_kit.sampling` and through StableDiffusionPipeline with
-`load_lora_weights`, in turn, on the embedded base; CPU seconds, and how far the pictures are apart.
+`load_lora_weights`, in turn, on the embedded base and one core (with more of them spf-kit draws on each); CPU
+seconds, and how far the pictures are apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -42,10 +44,7 @@ def child(base: str, spawned: float) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         sets = ["evaluate.enabled=false", "preview.every=0", "train.log_tensorboard=false"]
         resolved = config.load("glasses", base=base, recipe="spf", steps=1, sets=sets)
-        mark("the preset")
-        import torch  # noqa: F401
-
-        mark("import torch")
+        mark("the preset, and torch for its losses")
         import diffusers  # noqa: F401
         import transformers  # noqa: F401
 
@@ -98,6 +97,7 @@ def sampling(rounds: int, steps: int = 20) -> None:
     from spf_kit.sampling import generate
     from spf_kit.schema import Adapter, Base
 
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     family = families.load(Base())
     handle = AdapterHandle.inject(family, Adapter(rank=8))
@@ -146,9 +146,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--base", default="embedded")
+    parser.add_argument("--parts", nargs="+", default=["start", "sampling"], choices=["start", "sampling"])
     options = parser.parse_args()
-    start(options.base, options.rounds)
-    sampling(options.rounds)
+    if "start" in options.parts:
+        start(options.base, options.rounds)
+    if "sampling" in options.parts:
+        sampling(options.rounds)
 
 
 if __name__ == "__main__":

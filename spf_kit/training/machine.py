@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 
 SMALL_MODEL = 30_000_000  # UNet parameters
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 8 * 2**20  # of glibc's malloc.h; bytes
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 2**20  # of glibc's malloc.h; bytes
 
 
 def device() -> str:
@@ -60,13 +60,14 @@ def resting(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
         module.to(device)
 
 
-def large_blocks_apart() -> None:
-    """Large blocks shall go back to the system when they are freed.
+def large_blocks_apart(parameters: int) -> None:
+    """With a large model, large blocks shall go back to the system when they are freed.
 
     By itself glibc learns to keep blocks of up to 32 MiB in its heap, where what weights and convolutions
-    leave behind makes gaps: a tenth of a large model's memory.
+    leave behind makes gaps: a tenth of such a model's memory.
     """
-    _glibc("mallopt", M_MMAP_THRESHOLD, LARGE_BLOCK)
+    if parameters >= SMALL_MODEL:
+        _glibc("mallopt", M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def return_freed() -> None:

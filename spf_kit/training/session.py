@@ -117,13 +117,13 @@ def open_session(
     config = resolved.config
     plugins = [plugin.model_copy(deep=True) for plugin in resolved.plugins]  # they keep state
     report(0, 0, {"phase": "loading the base"})
-    machine.large_blocks_apart()
     # the UNet comes when pictures and captions are encoded and the encoders gone, but for earlier LoRAs
     family = families.load(config.base, device=str(processes.device), unet=bool(config.adapter.on))
     plugins, idle = tools.split_by_clip(plugins, config, family)
     stages.check(plugins)
     clip = tools.clip_pair(stages.union(plugins), config, family)
     tools.check_layers(plugins, family)
+    machine.large_blocks_apart(_count(family.unet))
     threads = config.train.threads or threads or machine.choose_threads(_count(family.unet))
     torch.set_num_threads(threads)
     # before anything is drawn or any text is encoded: from here on they are part of the frozen model

@@ -24,7 +24,7 @@ GIB = 2**30
 LIMITS = {"float32": 3.9, "bfloat16": 2.2}  # GiB that we promise, of the recipe naive
 SETTINGS = [
     "evaluate.enabled=false", "preview.every=0", "train.batch_size=1", "train.optimizer=adamw",
-    "train.gradient_checkpointing=false", "adapter.rank=8", "train.checkpoint_every=0",
+    "adapter.rank=8", "train.checkpoint_every=0",
 ]  # fmt: skip
 
 

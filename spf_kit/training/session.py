@@ -150,7 +150,8 @@ def open_session(
     linear = tools.linear_decoder(needs, family, dataset)
     if linear:
         report(1, 1, {"phase": "fitting the decoder", "notes": [linear.sentence]})
-    encode = encoding(config, family, dataset, prior_data, report, keep=earlier.change_text)
+    on_disk = config.data.cache == "disk"
+    encode = encoding(config, family, dataset, prior_data, report, keep=earlier.change_text, on_disk=on_disk)
     if not ("vae" in needs.decode or any(d.needs_image_encoder for d in (dataset, prior_data) if d)):
         family.free_encoders(["vae"])
     machine.return_freed()
@@ -246,11 +247,13 @@ def encoding(
     report: Report,
     *,
     keep: bool,
+    on_disk: bool = False,
 ) -> Callable[[Sequence[str]], Condition]:
     """Embeddings computed once, and the text encoders freed, unless trained or texts are countless.
 
     Args:
         keep: do not free them: previews would load them anew, without the earlier LoRAs that change them.
+        on_disk: keep embeddings there, where the next run finds them.
     """
     how: dict[str, Any] = {"clip_skip": config.base.clip_skip, "chunks": config.data.chunks}
     encode = functools.partial(family.encode_text, **how)
@@ -260,8 +263,7 @@ def encoding(
     texts |= {""} | ((prior_data.texts() or set()) if prior_data else set())
     tell = phase(report, "encoding captions")
     # where earlier LoRAs change the encoders, their weights do not name what they answer
-    on_disk = config.data.cache == "disk" and not keep
-    keys = functools.partial(family.text_keys, **how) if on_disk else None
+    keys = functools.partial(family.text_keys, **how) if on_disk and not keep else None
     cache = TextCache(encode, texts, family.device, lambda done, total: tell(done, total, ""), keys)
     if not keep:
         family.free_encoders(family.text_components)

@@ -14,7 +14,6 @@ from types import FrameType
 import torch
 
 SMALL_MODEL = 30_000_000  # UNet parameters
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 2**20  # of glibc's malloc.h; bytes
 
 
 def device() -> str:
@@ -60,26 +59,12 @@ def resting(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
         module.to(device)
 
 
-def large_blocks_apart(parameters: int) -> None:
-    """With a large model, large blocks shall go back to the system when they are freed.
-
-    By itself glibc learns to keep blocks of up to 32 MiB in its heap, where what weights and convolutions
-    leave behind makes gaps: a tenth of such a model's memory.
-    """
-    if parameters >= SMALL_MODEL:
-        _glibc("mallopt", M_MMAP_THRESHOLD, LARGE_BLOCK)
-
-
 def return_freed() -> None:
     """Give the heap's freed memory back to the system, before what is loaded next needs room."""
     gc.collect()
-    _glibc("malloc_trim", 0)
-
-
-def _glibc(name: str, *arguments: int) -> None:
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):  # another C library
-            getattr(ctypes.CDLL("libc.so.6"), name)(*arguments)
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Stop:

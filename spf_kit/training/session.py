@@ -123,7 +123,6 @@ def open_session(
     stages.check(plugins)
     clip = tools.clip_pair(stages.union(plugins), config, family)
     tools.check_layers(plugins, family)
-    machine.large_blocks_apart(_count(family.unet))
     threads = config.train.threads or threads or machine.choose_threads(_count(family.unet))
     torch.set_num_threads(threads)
     # before anything is drawn or any text is encoded: from here on they are part of the frozen model

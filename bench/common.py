@@ -8,10 +8,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from spf_kit.adapters.tensors import tensor_bytes
 from spf_kit.families import ldm_keys
 from spf_kit.families.detect import shipped_config
 from spf_kit.families.loading import empty_module
 from spf_kit.families.sources import components_of
+from spf_kit.headers import encode_header
 
 Shape = tuple[int, ...]
 
@@ -29,6 +34,28 @@ def single_file_shapes(family: str) -> dict[str, Shape]:
                 shape = (tensors[key][0] + shape[0], *shape[1:])
             tensors[key] = (*shape, 1, 1) if ldm_keys.is_vae_attention_weight(key) else shape
     return tensors
+
+
+TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def write_checkpoint(path: Path, dtype: str = "F16", family: str = "sd15") -> Path:
+    """In the LDM or SAI layout, of one of `TYPES`: norms do nothing, other weights are small and random."""
+    shapes = dict(sorted(single_file_shapes(family).items()))
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    with open(path, "wb") as file:
+        file.write(encode_header({name: (dtype, shape) for name, shape in shapes.items()}, {"format": "pt"}))
+        for name, shape in shapes.items():
+            file.write(tensor_bytes(_values(name, shape, noise).to(TYPES[dtype])))
+    return path
+
+
+def _values(name: str, shape: tuple[int, ...], noise: Tensor) -> Tensor:
+    if len(shape) < 2:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    count = torch.Size(shape).numel()
+    deviation = 0.5 * torch.Size(shape[1:]).numel() ** -0.5
+    return noise.repeat(-(-count // len(noise)))[:count].reshape(shape) * deviation
 
 
 def timed(*command: str | Path, environment: Mapping[str, str] = os.environ) -> tuple[float, int]:

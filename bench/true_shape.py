@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import single_file_shapes, timed
+from common import timed, write_checkpoint
 from merge import IDLE, copied
-from torch import Tensor, nn
+from torch import nn
 
 from spf_kit.adapters import convert, files, keys
 from spf_kit.adapters.files import LoraFile
@@ -36,14 +36,13 @@ from spf_kit.adapters.index import LayerKey
 from spf_kit.adapters.layers import LAYERS
 from spf_kit.adapters.parts import new_parts
 from spf_kit.adapters.resize import share
-from spf_kit.adapters.tensors import tensor_bytes
 from spf_kit.console import quiet_libraries
 from spf_kit.embedded import data_path
 from spf_kit.families import ldm_keys
 from spf_kit.families.detect import shipped_config
 from spf_kit.families.loading import empty_module
 from spf_kit.families.sources import components_of
-from spf_kit.headers import encode_header, read_header
+from spf_kit.headers import read_header
 
 RANK, ALPHA = 4, 2.0
 TARGETS = ["cross-attention", "self-attention", "feed-forward", "convolutions", "text-encoder"]
@@ -56,30 +55,10 @@ OWN_SETTINGS = {  # what a CPU computes with, in the memory that most have
     "sd15": ["base.dtype=float32", "train.gradient_checkpointing=false"],
     "sdxl": ["base.dtype=bfloat16", "train.gradient_checkpointing=true"],
 }
-TYPES = {"sd15": ("F16", torch.float16), "sdxl": ("BF16", torch.bfloat16)}  # of the checkpoints
+TYPES = {"sd15": "F16", "sdxl": "BF16"}  # of the checkpoints
 
 
 # --- the checkpoint, and a LoRA that is trained on it -----------------------------------------------------
-
-
-def write_checkpoint(family: str, path: Path) -> Path:
-    """In the LDM layout: norms do nothing, other weights are small and random."""
-    shapes, (name_of_type, dtype) = dict(sorted(single_file_shapes(family).items())), TYPES[family]
-    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
-    with open(path, "wb") as file:
-        described = {name: (name_of_type, shape) for name, shape in shapes.items()}
-        file.write(encode_header(described, {"format": "pt"}))
-        for name, shape in shapes.items():
-            file.write(tensor_bytes(_values(name, shape, noise).to(dtype)))
-    return path
-
-
-def _values(name: str, shape: tuple[int, ...], noise: Tensor) -> Tensor:
-    if len(shape) < 2:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    count = torch.Size(shape).numel()
-    deviation = 0.5 * torch.Size(shape[1:]).numel() ** -0.5
-    return noise.repeat(-(-count // len(noise)))[:count].reshape(shape) * deviation
 
 
 def train(family: str, checkpoint: Path, folder: Path, threads: int) -> Path:
@@ -282,7 +261,7 @@ def main() -> None:
 
 def trained(family: str, folder: Path, threads: int) -> LoraFile:
     """A LoRA that has been all the way: trained, converted, merged. The checkpoint goes again."""
-    checkpoint = write_checkpoint(family, folder / f"{family}.safetensors")
+    checkpoint = write_checkpoint(folder / f"{family}.safetensors", TYPES[family], family)
     size, tensors = checkpoint.stat().st_size / 1e9, len(read_header(checkpoint).tensors)
     print(f"{family}: a checkpoint of {size:.2f} GB, {tensors} tensors", flush=True)
     path = train(family, checkpoint, folder, threads)

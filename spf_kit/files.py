@@ -35,12 +35,13 @@ _REMEDIES = {
 
 
 @contextmanager
-def atomic(path: str | Path, *, folder: bool = False) -> Iterator[Path]:
+def atomic(path: str | Path, *, folder: bool = False, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the place of `path` when the block ends without error.
 
     The temporary name keeps the suffix, so that libraries which choose the format by it work. With `folder`
-    it is an empty folder that exists. Whatever goes wrong, an interrupt included, leaves `path` as it was and
-    removes the temporary. Parent folders are made.
+    it is an empty folder that exists. Without `durable` nothing waits for the disk, and a power cut may leave
+    a damaged file: for what knows its own hash and can be made again. Whatever goes wrong, an interrupt
+    included, leaves `path` as it was and removes the temporary. Parent folders are made.
 
     Raises UserError if the disk is full, write-protected or forbidden, naming `path` and the remedy.
     """
@@ -52,9 +53,11 @@ def atomic(path: str | Path, *, folder: bool = False) -> Iterator[Path]:
         if folder:
             temporary.mkdir()
         yield temporary
-        _flush(temporary)
+        if durable:
+            _flush(temporary)
         _replace(temporary, path, mark)
-        _sync(path.parent)
+        if durable:
+            _sync(path.parent)
     except BaseException as error:
         _discard(temporary)
         sentence = _write_error(error, path, temporary)

@@ -47,6 +47,9 @@ class Base(Section):
         False, description="encode and decode in tiles what is larger than the VAE's own size: less memory"
     )
     vae_slicing: bool = Field(False, description="decode the pictures of a batch one by one: less memory")
+    channels_last: bool | None = Field(
+        None, description="memory format of the UNet's convolutions; default: where it is known to be faster"
+    )
     clip_skip: int = Field(
         1, ge=1, le=12, description="text layer counted from the end; 2 for most anime models of SD 1.5"
     )

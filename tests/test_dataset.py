@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from spf_kit.data import buckets, cache, random
+from spf_kit.data import buckets, entries, random
 from spf_kit.data.buckets import Bucket, bucket_sizes, crop_box, nearest_bucket, to_pixels
 from spf_kit.data.dataset import Batch, Dataset, survey
 from spf_kit.data.split import Split
@@ -41,7 +41,7 @@ class FakeFamily:
     def __init__(self, weights: str = "v1") -> None:
         self.weights, self.encoded, self.vae = weights, 0, object()
 
-    def base_hash(self) -> str:
+    def latents_key(self) -> str:
         return self.weights
 
     def count_tokens(self, text: str) -> int:
@@ -470,10 +470,10 @@ def test_the_cache_lies_where_caches_belong(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.setenv("LOCALAPPDATA", "/local")
     for system, place in (("linux", "/x/spf-kit"), ("win32", "/local/spf-kit")):
-        monkeypatch.setattr(cache.sys, "platform", system)
-        assert cache.cache_folder() == Path(place)
-    monkeypatch.setattr(cache.sys, "platform", "darwin")
-    assert cache.cache_folder() == Path.home() / "Library" / "Caches" / "spf-kit"
+        monkeypatch.setattr(entries.sys, "platform", system)
+        assert entries.cache_folder() == Path(place)
+    monkeypatch.setattr(entries.sys, "platform", "darwin")
+    assert entries.cache_folder() == Path.home() / "Library" / "Caches" / "spf-kit"
 
 
 def test_pictures_that_change_or_overflow(folder: Path) -> None:

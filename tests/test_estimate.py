@@ -199,7 +199,8 @@ def test_an_architecture_needs_no_weights() -> None:
     unet = 859_520_964  # parameters of Stable Diffusion 1.5's UNet, as published
     assert found.step.parts["weights"] == pytest.approx(2 * unet, rel=1e-3)
     assert list(found.buckets) == ["512x512"]
-    assert found.reading.parts["weights"] > 2 * unet, "the text encoder, with the UNet"
+    encoders = 123_060_480 + 83_653_863  # of the text encoder and the VAE, as published
+    assert found.reading.parts["weights"] == pytest.approx(2 * encoders, rel=1e-3), "the UNet comes later"
     without = estimate(resolve("train.gradient_checkpointing=false", base="sd15"))
     assert without.step.parts["activations"] > 3 * found.step.parts["activations"]
     with pytest.raises(UserError, match=r"'sd15' names an architecture and has no weights"):

@@ -38,7 +38,7 @@ class FakeFamily:
     device = torch.device("cpu")
     vae = object()
 
-    def base_hash(self) -> str:
+    def latents_key(self) -> str:
         return "v1"
 
     def count_tokens(self, text: str) -> int:

@@ -84,8 +84,17 @@ def test_all_of_bitsandbytes_eight_bit_optimizers_are_there() -> None:
 def test_adamw_is_torchs_own() -> None:
     ours, theirs = tensors(), tensors()
     train_on(build(settings("adamw", optimizer_args={"betas": [0.8, 0.95]}), {"unet": ours}), ours, 5)
-    train_on(torch.optim.AdamW(theirs, lr=1e-2, betas=(0.8, 0.95)), theirs, 5)
+    train_on(torch.optim.AdamW(theirs, lr=1e-2, betas=(0.8, 0.95), fused=True), theirs, 5)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("choice", ["fused", "foreach"])
+def test_one_kernel_is_the_same_adamw_up_to_rounding(choice: str) -> None:
+    ours, theirs = tensors(), tensors()
+    train_on(build(settings("adamw", optimizer_args={choice: True}), {"unet": ours}), ours, 20)
+    train_on(torch.optim.AdamW(theirs, lr=1e-2, fused=False, foreach=False), theirs, 20)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("spelling", ["AdamW8bit", "adamw-8bit", "ADAMW_8BIT", "AdamWScheduleFree"])

@@ -314,7 +314,6 @@ def test_text_cache_is_the_encoder(family: Family) -> None:
         expected = family.encode_text(["", "a man, 7"])["encoder_hidden_states"]
     found = cache(["", "a man, 7"])["encoder_hidden_states"]
     assert torch.allclose(found, expected, atol=1e-5)
-    assert len(cache) == 41
     assert not found.requires_grad
     with pytest.raises(KeyError):
         cache(["a woman"])

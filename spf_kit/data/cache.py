@@ -4,36 +4,32 @@ Kept are mean and standard deviation of the VAE's posterior, so that every step 
 A mirrored picture has its own entry (a VAE's latents do not mirror with the picture).
 
 Entries on disk lie in the user's cache folder, never among the pictures, and are named by what made them:
-the picture's bytes, crop and size, mirroring, the base model and its precision. A changed picture or VAE
-makes a new entry; an old one is never taken for it. A damaged entry is made again.
+the picture's bytes, crop and size, mirroring, the VAE and its precision. A changed picture or VAE makes a new
+entry; an old one is never taken for it, and another UNet with the same VAE takes the same. A damaged entry is
+made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
+from spf_kit.data import entries
 from spf_kit.data.buckets import CENTER, Bucket, crop_box, framing, to_pixels
 from spf_kit.data.decoding import Unreadable, decode
 from spf_kit.data.pictures import Picture, Progress
 from spf_kit.errors import UserError
-from spf_kit.files import atomic
 
 if TYPE_CHECKING:
     from spf_kit.families.base import Family
 
-LAYOUT = 1  # of the entries and of the way from file to pixels; raise it when either changes
-DIGEST_BYTES = 32
+LAYOUT = 2  # of the entries and of the way from file to pixels; raise it when either changes
 CHUNK = 64  # pictures whose latents travel between processes at once
 PHASE = "encoding pictures"
 
@@ -72,23 +68,10 @@ class View:
         return framing(self.picture.width, self.picture.height, self.bucket, self.offset, self.flip)
 
     def key(self, base: str) -> str:
-        """Names the latents by all that they depend on; `base` stands for the VAE and its precision."""
+        """Names the latents by all that they depend on; `base` is `Family.latents_key`."""
         box = crop_box(self.picture.width, self.picture.height, self.bucket, self.offset)
         made_from = [LAYOUT, self.picture.file_hash, str(self.bucket), list(box), self.flip, base]
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where caches belong on this system; the variable SPF_KIT_CACHE names another place."""
-    if own := os.environ.get("SPF_KIT_CACHE"):
-        return Path(own).expanduser()
-    if sys.platform == "win32":
-        parent = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        parent = Path.home() / "Library" / "Caches"
-    else:
-        parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return parent / "spf-kit"
 
 
 def encode(view: View, family: Family) -> Latents:
@@ -123,10 +106,7 @@ class LatentCache:
     def __init__(self, kind: Literal["memory", "disk", "none"], family: Family) -> None:
         self.kind = kind
         self.family = family
-        self.base = f"{family.base_hash()}/{family.dtype}" if kind != "none" else ""
-        if family.vae_tiling:
-            self.base += "/tiled"
-        self.folder = cache_folder() / "latents"
+        self.base = family.latents_key() if kind != "none" else ""
         self._kept: dict[str, Latents] = {}
 
     def prepare(
@@ -159,8 +139,8 @@ class LatentCache:
             if self.kind == "memory":
                 if key not in self._kept:
                     self._kept[key] = encode(view, self.family)
-            elif read_entry(self.entry(key)) is None:
-                write_entry(self.entry(key), encode(view, self.family))
+            elif (path := entries.place("latents", key)) and entries.read(path) is None:
+                entries.write(path, encode(view, self.family)._asdict())
             tell(done)
         return self._kept
 
@@ -174,21 +154,17 @@ class LatentCache:
         key = view.key(self.base)
         if self.kind == "memory":
             return self._kept[key]
-        latents = read_entry(self.entry(key))
-        if latents is not None:
-            return latents
+        path = entries.place("latents", key)
+        if kept := entries.read(path):
+            return Latents(**kept)
         if self.family.vae is None:
             raise UserError(
-                f"the cached latents {str(self.entry(key))!r} were damaged or removed while training ran: "
+                f"the cached latents {str(path)!r} were damaged or removed while training ran: "
                 "start again with --resume, which makes them anew"
             )
         latents = encode(view, self.family)
-        write_entry(self.entry(key), latents)
+        entries.write(path, latents._asdict())
         return latents
-
-    def entry(self, key: str) -> Path:
-        """The file of an entry; a folder for each first two digits keeps folders small."""
-        return self.folder / key[:2] / f"{key}.latents"
 
 
 def _gathered(kept: Mapping[str, Latents]) -> Iterator[dict[str, Latents]]:
@@ -200,29 +176,3 @@ def _gathered(kept: Mapping[str, Latents]) -> Iterator[dict[str, Latents]]:
     for start in range(0, most, CHUNK):
         part = {name: kept[name] for name in names[start : start + CHUNK]}
         yield from gather_object([part])
-
-
-def write_entry(path: Path, latents: Latents) -> None:
-    """Write an entry, whole or not at all, behind its own SHA-256. Raises UserError if the disk is full."""
-    data = save({"mean": latents.mean, "std": latents.std})
-    try:
-        with atomic(path) as temporary:
-            temporary.write_bytes(hashlib.sha256(data).digest() + data)
-    except (UserError, OSError) as error:
-        reason = (
-            f"cannot write {str(path)!r} ({error.strerror})" if isinstance(error, OSError) else str(error)
-        )
-        raise UserError(f"{reason}; set SPF_KIT_CACHE to another folder, or data.cache = 'memory'") from error
-
-
-def read_entry(path: Path) -> Latents | None:
-    """The latents in a file; None if it is missing or damaged."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    digest, data = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-    if hashlib.sha256(data).digest() != digest:
-        return None
-    tensors = load(data)
-    return Latents(tensors["mean"], tensors["std"])

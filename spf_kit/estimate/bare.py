@@ -65,6 +65,8 @@ def fill(module: nn.Module, made: Callable[..., torch.Tensor] = torch.empty) -> 
                     continue
                 if id(tensor) not in memo:
                     new = made(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if tensor.dim() == 4 and not tensor.is_contiguous():
+                        new = new.to(memory_format=torch.channels_last)
                     parameter = isinstance(tensor, nn.Parameter)
                     memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if parameter else new
                 held[name] = memo[id(tensor)]

@@ -18,7 +18,7 @@ from spf_kit.estimate import gpu
 from spf_kit.estimate.bare import BareTracker, fill
 from spf_kit.estimate.rehearsal import CAPTION, WEIGHTS, Rehearsal, Size
 from spf_kit.measure.tracker import Peak
-from spf_kit.training import session, stages, tools
+from spf_kit.training import modes, session, stages, tools
 from spf_kit.training.text import BATCH
 
 if TYPE_CHECKING:
@@ -97,12 +97,13 @@ def _family(config: Config) -> Family:
 
 @torch.no_grad()
 def _reading(config: Config, family: Family, make: Callable[[], BareTracker], largest: Size) -> Peak:
-    """Pictures go through the VAE one by one, on a GPU while the UNet rests; captions through the text
-    encoders by the batch, with everything loaded."""
+    """Pictures go through the VAE one by one, then captions through the text encoders by the batch: with the
+    UNet where earlier LoRAs lie on it (on a GPU it rests meanwhile), else before it is loaded."""
     height, width = (side * family.latent_factor for side in largest)
     pictures, captions = make(), make()
     for module in family.modules():
-        captions.hold(_tensors(module), WEIGHTS)
+        if module is not family.unet or config.adapter.on or modes.trains_text(config):
+            captions.hold(_tensors(module), WEIGHTS)
         if module is not family.unet or config.data.cache == "none":  # then they are read between steps
             pictures.hold(_tensors(module), WEIGHTS)
     pixels = torch.zeros(1, 3, height, width)

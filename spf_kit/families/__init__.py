@@ -43,10 +43,11 @@ def detect(model: str) -> str:
     return _detect.family_of_unet(model, _hub.unet_config(_hub_id(model)))
 
 
-def load(base: Base, *, device: str = "cpu", weights: bool = True) -> Family:
+def load(base: Base, *, device: str = "cpu", weights: bool = True, unet: bool = True) -> Family:
     """Load `[base]`: frozen, in evaluation mode, in its dtype, on the device.
 
     Without `weights` nothing but configs is read, and the modules stay on the meta device: shapes and types.
+    Without `unet` that one does, until `load_unet`: pictures and captions are encoded before it needs room.
     Raises UserError as `detect` does, and if weights are missing or an option cannot be used.
     """
     import torch
@@ -64,6 +65,7 @@ def load(base: Base, *, device: str = "cpu", weights: bool = True) -> Family:
         attention=base.attention,
         base=base,
         weights=weights,
+        unet=unet,
     )
 
 

@@ -152,7 +152,20 @@ class Family(ABC):
     def base_hash(self) -> str:
         """A hash of the weights' content, for cache keys; the same model hashes the same in any container."""
 
+    @abstractmethod
+    def latents_key(self) -> str:
+        """All that `encode_image` depends on beside the pixels: the VAE's weights, precision and scale."""
+
+    @abstractmethod
+    def text_keys(self, captions: Sequence[str], *, clip_skip: int = 1, chunks: int = 1) -> list[str]:
+        """All that `encode_text` depends on for each caption: its tokens, the text encoders' weights as they
+        were loaded, their precision and the settings; 64 hexadecimal digits."""
+
     # --- memory ---
+
+    @abstractmethod
+    def load_unet(self) -> None:
+        """Read the UNet's weights, where `families.load` has put that off; it is a new object then."""
 
     @property
     def freed(self) -> list[str]:

@@ -15,6 +15,7 @@ from spf_kit.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAPPED = 128 * 2**20  # bytes handed out of a file before it is opened anew
 SAMPLE = 1024  # values from each end and from the middle of a tensor that the fingerprint reads
 
 
@@ -58,19 +59,30 @@ class Source(ABC):
 
 
 def read(weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor with its name, one after another, mapped from the file: pages are read when touched."""
+    """Each tensor with its name, one after another, mapped from the file: pages are read when touched.
+
+    Pages that were touched stay in memory as long as the mapping does. So a file is mapped anew from time to
+    time: the pages of tensors that nobody keeps go with the old mapping.
+    """
     from safetensors import SafetensorError, safe_open
 
+    files: dict[Path, Any] = {}
     with ExitStack() as stack:
-        files: dict[Path, Any] = {}
+        handed_out = 0
         for name, place in weights.items():
             try:
+                if handed_out > MAPPED:
+                    stack.close()
+                    files.clear()
+                    handed_out = 0
                 if place.file not in files:
                     files[place.file] = stack.enter_context(safe_open(place.file, framework="pt"))
                 tensor = _stored(files[place.file], place)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{str(place.file)!r} cannot be read at {place.key!r}: {error}") from error
+            handed_out += tensor.nbytes
             yield name, tensor
+            del tensor
 
 
 def _stored(file: Any, place: Place) -> Tensor:

@@ -6,6 +6,7 @@ Whatever differs (how many text encoders, how they are read, what else the UNet 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,9 +63,11 @@ class StableDiffusionFamily(Family):
         attention: str = "sdpa",
         base: Base | None = None,
         weights: bool = True,
+        unet: bool = True,
     ) -> None:
-        """`base` settles how the UNet is quantised, and what the model predicts where its own files do not or
-        are wrong. Without `weights` the modules stay on the meta device.
+        """`base` settles how the UNet is quantised and laid out, and what the model predicts where its own
+        files do not or are wrong. Without `weights` the modules stay on the meta device; without `unet` that
+        one does, until `load_unet`.
 
         Raises UserError if weights are missing or misshapen, or the attention backend cannot be used.
         """
@@ -73,9 +76,11 @@ class StableDiffusionFamily(Family):
         self._sources = dict.fromkeys(("unet", "vae", *self.text_components), source)
         if vae_source is not None:
             self._sources["vae"] = vae_source
-        self._attention, self._hash, self._weights = attention, "", weights
+        self._attention, self._weights = attention, weights
+        self._hashes: dict[tuple[str, ...], str] = {}
         self.quantize = base.quantize if base else None
         self.vae_tiling, self._vae_slicing = (base.vae_tiling, base.vae_slicing) if base else (False, False)
+        self._channels_last = base.channels_last if base else None
         config = as_asked(source.scheduler_config, base) if base else dict(source.scheduler_config)
         self._scheduler_config, self._pipeline_config = config, source.pipeline_config
         self.noise = NoiseProcess.from_scheduler(config, source=source.location)
@@ -94,17 +99,21 @@ class StableDiffusionFamily(Family):
             for name, encoder in self.text_encoders().items()
         }
         self._check_channels(source.configs["unet"])
-        self.unet = self._load("unet")
+        self.unet = self._load("unet", weights=unet)
         use_attention(attention, self.unet, self.device)
         size = self.unet.config.sample_size or 64  # latents; a pair for models that are not square
         self.resolution = (size if isinstance(size, int) else min(size)) * self.latent_factor
 
-    def _load(self, component: str) -> Any:
-        dtype = self._vae_dtype() if component == "vae" else self.dtype
-        source, quantize = self._sources[component], self.quantize if component == "unet" else None
-        if not self._weights:
-            return loading.bare_module(source, component, dtype=dtype, quantize=quantize)
-        return loading.load_module(source, component, dtype=dtype, device=self.device, quantize=quantize)
+    def _load(self, component: str, *, weights: bool = True) -> Any:
+        source = self._sources[component]
+        how: dict[str, Any] = {
+            "dtype": self._vae_dtype() if component == "vae" else self.dtype,
+            "quantize": self.quantize if component == "unet" else None,
+            "channels_last": self._channels_last if component == "unet" else False,
+        }
+        if not (self._weights and weights):
+            return loading.bare_module(source, component, **how)
+        return loading.load_module(source, component, device=self.device, **how)
 
     def _vae_dtype(self) -> torch.dtype:
         return self.dtype
@@ -194,11 +203,32 @@ class StableDiffusionFamily(Family):
 
     def base_hash(self) -> str:
         """Of the weights as files hold them, quantised or not."""
-        if not self._hash:
-            self._hash = fingerprint({name: source.weights(name) for name, source in self._sources.items()})
-        return self._hash
+        return self._content_hash(tuple(self._sources))
+
+    def latents_key(self) -> str:
+        tiled = "/tiled" if self.vae_tiling else ""
+        return f"{self._content_hash(('vae',))}/{self._vae_dtype()}/{self.scaling_factor}{tiled}"
+
+    def text_keys(self, captions: Sequence[str], *, clip_skip: int = 1, chunks: int = 1) -> list[str]:
+        made_by = f"{self.name}/{self._content_hash(self.text_components)}/{self.dtype}/{clip_skip}/"
+        keys = [hashlib.sha256(made_by.encode()) for _ in captions]
+        for ids in self.windows(captions, chunks).values():
+            for key, row in zip(keys, ids):
+                key.update(row.numpy().tobytes())
+        return [key.hexdigest() for key in keys]
+
+    def _content_hash(self, components: tuple[str, ...]) -> str:
+        if components not in self._hashes:
+            places = {name: self._sources[name].weights(name) for name in components}
+            self._hashes[components] = fingerprint(places)
+        return self._hashes[components]
 
     # --- memory ---
+
+    def load_unet(self) -> None:
+        if self._weights and next(self.unet.parameters()).is_meta:
+            self.unet = self._load("unet")
+            use_attention(self._attention, self.unet, self.device)
 
     def reload_encoders(self) -> None:
         for component in self.freed:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -45,7 +48,7 @@ def restored() -> Iterator[None]:
 @contextlib.contextmanager
 def resting(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Meanwhile a module's weights are in the host's memory: off a GPU, where the room serves others."""
-    if device.type != "cuda":
+    if device.type != "cuda" or next(module.parameters()).is_meta:  # not loaded yet
         yield
         return
     module.to("cpu")
@@ -54,6 +57,14 @@ def resting(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         module.to(device)
+
+
+def return_freed() -> None:
+    """Give the heap's freed memory back to the system, before what is loaded next needs room."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Stop:

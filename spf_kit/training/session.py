@@ -135,7 +135,8 @@ def open_session(
     config = resolved.config
     plugins = [plugin.model_copy(deep=True) for plugin in resolved.plugins]  # they keep state
     report(0, 0, {"phase": "loading the base"})
-    family = families.load(config.base, device=str(processes.device))
+    # the UNet comes when pictures and captions are encoded and the encoders gone, but for earlier LoRAs
+    family = families.load(config.base, device=str(processes.device), unet=bool(config.adapter.on))
     plugins, idle = tools.split_by_clip(plugins, config, family)
     stages.check(plugins)
     clip = tools.clip_pair(stages.union(plugins), config, family)
@@ -173,10 +174,14 @@ def open_session(
     linear = tools.linear_decoder(needs, family, dataset)
     if linear:
         report(1, 1, {"phase": "fitting the decoder", "notes": [linear.sentence]})
-    handle = AdapterHandle.inject(family, config.adapter, seed=config.train.seed)
-    encode = encoding(config, family, dataset, prior_data, report, keep=earlier.change_text)
+    on_disk = config.data.cache == "disk"
+    encode = encoding(config, family, dataset, prior_data, report, keep=earlier.change_text, on_disk=on_disk)
     if not ("vae" in needs.decode or any(d.needs_image_encoder for d in (dataset, prior_data) if d)):
         family.free_encoders(["vae"])
+    machine.return_freed()
+    report(0, 0, {"phase": "loading the UNet"})
+    family.load_unet()
+    handle = AdapterHandle.inject(family, config.adapter, seed=config.train.seed)
     modes.training_mode(config, family)
 
     model = Model(
@@ -244,6 +249,8 @@ def _prior(
     if wanted is None:
         return None
     place = Path(wanted.path) if wanted.path else folder.prior
+    if not wanted.path:
+        family.load_unet()
     if not wanted.path and processes.is_main_process:
         prior.draw(wanted, config, family, prompts, place, phase(report, "drawing prior pictures"))
     processes.wait_for_everyone()
@@ -264,19 +271,24 @@ def encoding(
     report: Report,
     *,
     keep: bool,
+    on_disk: bool = False,
 ) -> Callable[[Sequence[str]], Condition]:
     """Embeddings computed once, and the text encoders freed, unless trained or texts are countless.
 
     Args:
         keep: do not free them: previews would load them anew, without the earlier LoRAs that change them.
+        on_disk: keep embeddings there, where the next run finds them.
     """
-    encode = functools.partial(family.encode_text, clip_skip=config.base.clip_skip, chunks=config.data.chunks)
+    how: dict[str, Any] = {"clip_skip": config.base.clip_skip, "chunks": config.data.chunks}
+    encode = functools.partial(family.encode_text, **how)
     texts = dataset.texts()
     if modes.trains_text(config) or texts is None:
         return encode
     texts |= {""} | ((prior_data.texts() or set()) if prior_data else set())
     tell = phase(report, "encoding captions")
-    cache = TextCache(encode, texts, family.device, lambda done, total: tell(done, total, ""))
+    # where earlier LoRAs change the encoders, their weights do not name what they answer
+    keys = functools.partial(family.text_keys, **how) if on_disk and not keep else None
+    cache = TextCache(encode, texts, family.device, lambda done, total: tell(done, total, ""), keys)
     if not keep:
         family.free_encoders(family.text_components)
     return cache

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from spf_kit.data import entries
+from spf_kit.errors import UserError
 from spf_kit.probes import Spans
 
 if TYPE_CHECKING:
@@ -19,7 +22,8 @@ BATCH = 32
 
 
 class TextCache:
-    """Conditions of known strings, kept on the CPU: `cache(texts)` is the encoder's answer, batch first.
+    """Conditions of known strings, kept on the CPU or on disk: `cache(texts)` is the encoder's answer, batch
+    first.
 
     Only for a text encoder that is not trained. A string that was not foreseen raises KeyError.
     """
@@ -30,9 +34,15 @@ class TextCache:
         texts: Collection[str],
         device: torch.device,
         progress: Callable[[int, int], None] | None = None,
+        keys: Callable[[list[str]], list[str]] | None = None,
     ) -> None:
+        """`keys` names what an answer depends on (`Family.text_keys`): with it answers lie on disk, where the
+        next run finds them, and take no memory however many there are; without it in memory."""
         self.device = device
+        self._keys = keys
         self._rows: dict[str, dict[str, Tensor]] = {}
+        if keys:
+            texts = [text for text in texts if not self._file(text).is_file()]
         ordered = sorted(texts)
         for start in range(0, len(ordered), BATCH):
             chunk = ordered[start : start + BATCH]
@@ -40,17 +50,33 @@ class TextCache:
                 condition = encoder(chunk)
             for i, text in enumerate(chunk):
                 # a clone, or each row would keep the whole chunk in memory
-                self._rows[text] = {key: value[i].cpu().clone() for key, value in condition.items()}
+                row = {key: value[i].cpu().clone() for key, value in condition.items()}
+                if keys:
+                    entries.write(self._file(text), row)
+                else:
+                    self._rows[text] = row
             if progress:
                 progress(start + len(chunk), len(ordered))
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Conditions of B texts: each entry (B, ...), on the device."""
-        rows = [self._rows[text] for text in texts]
+        rows = [self._read(text) if self._keys else self._rows[text] for text in texts]
         return {key: torch.stack([row[key] for row in rows]).to(self.device) for key in rows[0]}
+
+    def _file(self, text: str) -> Path:
+        assert self._keys is not None
+        return entries.place("texts", self._keys([text])[0])
+
+    def _read(self, text: str) -> dict[str, Tensor]:
+        """Raises UserError if the entry has been damaged or removed since it was made."""
+        found = entries.read(path := self._file(text))
+        if found is None:
+            path.unlink(missing_ok=True)  # so that the next start makes it anew
+            raise UserError(
+                f"the cached text {str(path)!r} was damaged or removed while training ran: start again with "
+                "--resume, which makes it anew"
+            )
+        return found
 
 
 class Phrases:

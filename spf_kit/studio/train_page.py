@@ -146,6 +146,9 @@ class TrainPage:
             answers,
             **LIVE,
         )
+        self.loss_form.input(  # one after the other: none may be passed over
+            self._change_loss, [self.losses, self.changed], self.changed, trigger_mode="multiple", **QUIETLY
+        )
         opened = gr.State(False)
         gr.on(
             [self.options.change, self.card.input, opened.change],

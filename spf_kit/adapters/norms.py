@@ -20,7 +20,8 @@ def norm(layer: Update) -> float | None:
     """|U|; None where U depends on the base's weight (DoRA, OFT).
 
     LoRA: by the triangles of its thin factors (`low_rank.square_of_product`). LoKr: |C kron D| = |C| |D|, of
-    which a D without a rank is a matrix as it stands. LoHa: the update itself, a weight's size in float32.
+    which a D without a rank is a matrix as it stands. LoHa: by its factors too, or by the update in float32,
+    whichever is smaller.
     """
     if layer.depends_on_weight or layer.dora_scale is not None:
         return None
@@ -31,9 +32,15 @@ def norm(layer: Update) -> float | None:
         else:
             large = math.sqrt(square_of_product(*layer.thin()))
         return abs(layer.scale) * small * large
-    if isinstance(layer, LohaLayer):
+    if isinstance(layer, LohaLayer) and not _thin(layer):
         return float(torch.linalg.vector_norm(layer.update(), dtype=torch.float64))
     return math.sqrt(square_of_product(*layer.factors()))
+
+
+def _thin(layer: LohaLayer) -> bool:
+    """Whether its r^2 pairs of factors are fewer numbers than the update."""
+    out, into = layer.shape[0], math.prod(layer.shape[1:])
+    return layer.hada_w1_b.shape[0] * layer.hada_w2_b.shape[0] * (out + into) < out * into
 
 
 def by_block(

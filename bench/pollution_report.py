@@ -218,7 +218,8 @@ def table_of_points(cells: list[Cell]) -> str:
 
 
 def sheet_of(attribute: str, cells: list[Cell], folder: Path, path: Path) -> None:
-    """Rows: prompts, asked and plain in turn; columns: the base, then each recipe, first seed."""
+    """Rows: prompts, asked and plain in turn; columns: the base, then each recipe, of the first seed of which
+    all have pictures."""
     from PIL import Image
     from safetensors import safe_open
 
@@ -227,10 +228,13 @@ def sheet_of(attribute: str, cells: list[Cell], folder: Path, path: Path) -> Non
 
     columns: dict[str, list[Any]] = {}
     prompts: list[str] = []
-    for recipe, found in by((c for c in cells if c["attribute"] == attribute), "recipe").items():
-        file = folder / f"{attribute}.{recipe}.{min(c['seed'] for c in found)}.safetensors"
-        if not file.is_file():
-            continue
+    recipes = list(by((c for c in cells if c["attribute"] == attribute), "recipe"))
+    seeds = sorted({c["seed"] for c in cells})
+    drawn = {
+        seed: [folder / f"{attribute}.{recipe}.{seed}.safetensors" for recipe in recipes] for seed in seeds
+    }
+    complete = [seed for seed, files in drawn.items() if all(file.is_file() for file in files)]
+    for recipe, file in zip(recipes, drawn[complete[0]] if complete else []):
         with safe_open(file, "pt") as opened:
             prompts = json.loads(opened.metadata()["prompts"])[:4]
             for column, name in ((" base", "base"), (recipe, "lora")):

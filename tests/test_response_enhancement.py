@@ -319,8 +319,8 @@ def test_a_run_with_it(resolve: Callable[..., Resolved], tmp_path: Path, decoder
 
     opened = trainer.session.open_session
 
-    def watched(*arguments: Any) -> Any:
-        session = opened(*arguments)
+    def watched(*arguments: Any, **named: Any) -> Any:
+        session = opened(*arguments, **named)
         vae.append(session.family.vae is not None)
         return session
 

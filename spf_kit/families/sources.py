@@ -15,7 +15,7 @@ from spf_kit.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAPPED = 128 * 2**20  # bytes handed out of a file before it is opened anew
+MAPPED = 16 * 2**20  # bytes handed out of a file before it is opened anew
 SAMPLE = 1024  # values from each end and from the middle of a tensor that the fingerprint reads
 
 

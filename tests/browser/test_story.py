@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 from driving import Running, choose, go, open_folder, region, set_number, shoot, start_run
 from PIL import Image
 
@@ -62,6 +63,23 @@ def test_from_sample_pictures_to_a_merged_checkpoint(page: Page, studio: Running
     page.get_by_role("button", name="Merge", exact=True).click()
     page.get_by_text("tensors changed by glasses.safetensors (1)").wait_for()
     assert (studio.folder / "merged.safetensors").stat().st_size > 10 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [("train.steps", 0, "train.steps"), ("adapter.rank", 5000, "adapter.rank")],
+)
+def test_a_bad_setting_is_told_and_starts_nothing(
+    page: Page, studio: Running, key: str, value: int, sentence: str
+) -> None:
+    go(page, "Train")
+    page.get_by_role("textbox", name=re.compile("^Name of the run")).fill("bad")
+    set_number(page, key, value)
+    told = page.get_by_role("status", name="About the settings").get_by_role("alert")
+    told.get_by_text(re.compile(rf"{re.escape(sentence)}.*{value}")).wait_for()
+    page.get_by_role("button", name="Start", exact=True).click()
+    told.get_by_text(sentence).wait_for()
+    assert not (studio.runs / "bad").exists()
 
 
 def test_a_folder_outside_is_refused(page: Page, tmp_path: Path) -> None:

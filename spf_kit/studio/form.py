@@ -40,13 +40,13 @@ class Field:
     choices: tuple[str, ...] = ()
 
     def component(self) -> Any:
-        """An empty gradio component for it, its help beneath the label."""
+        """An empty gradio component for it, its help beneath the label; closed until it is filled."""
         import gradio as gr
 
         common: dict[str, Any] = {
             "label": self.key,
             "info": plain(self.about),
-            "interactive": True,
+            "interactive": False,
             "min_width": 260,
             "elem_classes": ["setting"],
         }

@@ -59,7 +59,7 @@ class TrainPage:
                     label=label,
                     info=info,
                     allow_custom_value=True,
-                    interactive=True,
+                    interactive=False,
                     min_width=240,
                 )
             self.head["output"] = gr.Textbox(
@@ -129,7 +129,7 @@ class TrainPage:
         ]
 
         own_tab().select(self._choices, None, [self.head[name] for name in OFFERED], **QUIETLY)
-        loaded = gr.on(None, self._open, None, [self.card, *read], **QUIETLY)
+        loaded = gr.on(None, self._open, None, [self.card, *heads, *read], **QUIETLY)
         chosen = gr.on(
             [self.head[name].input for name in ("preset", "recipe", "base", "profile", "data")],
             self._read_preset,
@@ -188,8 +188,13 @@ class TrainPage:
         return [gr.update(choices=offered[name][2]) for name in OFFERED]
 
     def _open(self) -> dict[Any, Any]:
-        """Fill a page that was just opened."""
-        return {self.card: train_choices.card(), **self._fill(FIRST_CHOICE, {}, {}, None)}
+        """Fill a page that was just opened, and open its fields: what is typed before that would be lost."""
+        filled = self._fill(FIRST_CHOICE, {}, {}, None)
+        for field in self.inputs.values():
+            value = {"value": filled[field]} if field in filled else {}
+            filled[field] = gr.update(interactive=True, **value)
+        heads = {head: gr.update(interactive=True) for head in self.head.values()}
+        return {self.card: train_choices.card(), **heads, **filled}
 
     def _read_preset(self, *given: Any) -> dict[Any, Any]:
         """Another preset, recipe or base: fields that were not touched show its values."""

@@ -164,8 +164,10 @@ def test_texts_on_disk_are_found_again_and_keyed_by_what_made_them(base: Family,
     with pytest.raises(UserError, match="damaged or removed while training ran: start again with --resume"):
         first(["a man"])
     asked.clear()
-    cache(["a man"])
-    assert asked == ["a man"]
+    cache(["a man", "a hat"])
+    assert asked == ["a hat", "a man"], "what was damaged before the start is made again"
+    cache(["a man", "a hat"])
+    assert len(asked) == 2
 
 
 @pytest.fixture

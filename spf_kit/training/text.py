@@ -42,7 +42,7 @@ class TextCache:
         self._keys = keys
         self._rows: dict[str, dict[str, Tensor]] = {}
         if keys:
-            texts = [text for text in texts if not self._file(text).is_file()]
+            texts = [text for text in texts if entries.read(self._file(text)) is None]  # or damaged
         ordered = sorted(texts)
         for start in range(0, len(ordered), BATCH):
             chunk = ordered[start : start + BATCH]
@@ -71,7 +71,6 @@ class TextCache:
         """Raises UserError if the entry has been damaged or removed since it was made."""
         found = entries.read(path := self._file(text))
         if found is None:
-            path.unlink(missing_ok=True)  # so that the next start makes it anew
             raise UserError(
                 f"the cached text {str(path)!r} was damaged or removed while training ran: start again with "
                 "--resume, which makes it anew"

@@ -145,8 +145,6 @@ class ControlMap(Mask):
 
     def telling(self, step: Step) -> list[bool]:
         """Of which samples N is made at their own timesteps."""
-        if (self.min_timestep, self.max_timestep) == (0.0, 1.0):
-            return [True] * len(step.timesteps)
         share = step.timesteps / step.process.num_train_timesteps
         return ((share >= self.min_timestep) & (share <= self.max_timestep)).tolist()
 

@@ -119,8 +119,6 @@ CASES: dict[str, list[str]] = {
 def resolve(*texts: str, base: str = "embedded") -> config.Resolved:
     recipe = next((text.removeprefix("--recipe ") for text in texts if text.startswith("--recipe ")), None)
     sets = [text for text in texts if not text.startswith("--recipe ")]
-    if recipe is None:  # which visits a map remembers is decided by values
-        sets += ["loss.control_map.min_timestep=0.0", "loss.control_map.max_timestep=1.0"]
     return config.load("glasses", base=base, recipe=recipe, sets=sets)
 
 

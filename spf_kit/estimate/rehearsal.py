@@ -207,9 +207,15 @@ class Rehearsal:
     def _noised(self, batch: Batch, path: Tensor) -> Noised:
         """At a timestep at which every loss acts."""
         shape = batch.mean.shape
-        offset, uniform = torch.zeros(len(batch), shape[1], 1, 1), torch.full((len(batch),), 0.1)
+        offset, uniform = torch.zeros(len(batch), shape[1], 1, 1), torch.full((len(batch),), self._level())
         draws = Draws(torch.zeros(shape), torch.zeros(shape), offset, uniform, path)
         return noised(self.family.noise, batch, draws, self.config.train.noise_offset, self.family.device)
+
+    def _level(self) -> float:
+        """A share of the noise schedule that lies in the ranges of all plugins, or, if none does, of most."""
+        least = max((getattr(plugin, "min_timestep", 0.0) for plugin in self.plugins), default=0.0)
+        most = min((getattr(plugin, "max_timestep", 1.0) for plugin in self.plugins), default=1.0)
+        return (least + most) / 2 if 0 < least < most else 0.1
 
     def _prior(self, progress: float) -> Batch | None:
         if not stages.union(stages.active(self.plugins, progress)).prior:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,8 @@ import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from spf_kit import embedded
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -81,6 +84,15 @@ class Running:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         return self.process.wait(PATIENCE)
+
+
+def samples(folder: Path, count: int) -> Path:
+    """A new folder with the first sample pictures of glasses and their captions."""
+    folder.mkdir()
+    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:count]:
+        for file in (picture, picture.with_suffix(".txt")):
+            shutil.copy(file, folder)
+    return folder
 
 
 def go(page: Page, tab: str) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from driving import PATIENCE, Running, go, open_folder
-
-from spf_kit import embedded
+from driving import PATIENCE, Running, go, open_folder, samples
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -20,14 +17,9 @@ CAPTION = "a <b>bold</b> man {{value}} ${1+1}, wearing glasses"  # text, whateve
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("studio")
-    (made / "runs").mkdir()
-    (made / "mine").mkdir()
-    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:3]:
-        shutil.copy(picture, made / "mine")
-        shutil.copy(picture.with_suffix(".txt"), made / "mine")
-    return made
+def folder(folder: Path) -> Path:
+    samples(folder / "mine", 3)
+    return folder
 
 
 def field(page: Page, name: str) -> Locator:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from driving import PATIENCE, Running, go, open_folder, region, set_number, start_run
+from driving import PATIENCE, Running, go, open_folder, region, samples, set_number, start_run
 
-from spf_kit import embedded
 from spf_kit.studio import processes
 from spf_kit.studio.run_state import last_step
 
@@ -21,14 +19,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("studio")
-    (made / "runs").mkdir()
-    (made / "samples").mkdir()
-    for picture in sorted(embedded.data_path("glasses").glob("*.png"))[:4]:
-        shutil.copy(picture, made / "samples")
-        shutil.copy(picture.with_suffix(".txt"), made / "samples")
-    return made
+def folder(folder: Path) -> Path:
+    samples(folder / "samples", 4)
+    return folder
 
 
 def test_two_pages_edit_one_folder_and_draw_at_once(open_page: Callable[..., Page], studio: Running) -> None:

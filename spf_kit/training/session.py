@@ -145,11 +145,7 @@ def open_session(
     torch.set_num_threads(threads)
     # before anything is drawn or any text is encoded: from here on they are part of the frozen model
     earlier = Earlier.attach(family, config.adapter.on)
-    frozen = {
-        f"the base model {config.base.model!r}": family.base_hash(),
-        **{f"the earlier LoRA {str(entry.path)!r}": entry.sha256 for entry in earlier.entries},
-    }
-
+    frozen = _frozen(config, family, earlier)
     with machine.resting(family.unet, processes.device):
         dataset = Dataset.prepare(
             config.data, config.attribute.target, family,
@@ -157,13 +153,8 @@ def open_session(
             masks=stages.union(plugins).picture_masks, processes=processes,
         )  # fmt: skip
     split = Split.of(config.train.batch_size, processes.process_index, processes.num_processes, began)
-    warnings = [
-        *dataset.report.lines(),
-        *optimizers.advice(config.train),
-        *launch.advice(),
-        *split.advice(),
-        *idle,
-    ]
+    warnings = [*dataset.report.lines(), *optimizers.advice(config.train), *launch.advice(), *split.advice()]
+    warnings += idle
     report(len(dataset), len(dataset), {"phase": "reading pictures", "warnings": warnings})
     if processes.is_main_process and not folder.config.is_file():
         folder.claim(resolved)
@@ -178,9 +169,7 @@ def open_session(
     encode = encoding(config, family, dataset, prior_data, report, keep=earlier.change_text, on_disk=on_disk)
     if not ("vae" in needs.decode or any(d.needs_image_encoder for d in (dataset, prior_data) if d)):
         family.free_encoders(["vae"])
-    machine.return_freed()
-    report(0, 0, {"phase": "loading the UNet"})
-    family.load_unet()
+    _load_unet(family, report)
     handle = AdapterHandle.inject(family, config.adapter, seed=config.train.seed)
     modes.training_mode(config, family)
 
@@ -292,6 +281,21 @@ def encoding(
     if not keep:
         family.free_encoders(family.text_components)
     return cache
+
+
+def _frozen(config: Config, family: Family, earlier: Earlier) -> dict[str, str]:
+    """Hashes of what the run is trained on, by what a person calls it."""
+    return {
+        f"the base model {config.base.model!r}": family.base_hash(),
+        **{f"the earlier LoRA {str(entry.path)!r}": entry.sha256 for entry in earlier.entries},
+    }
+
+
+def _load_unet(family: Family, report: Report) -> None:
+    """Once all is encoded, with what the encoders took given back before."""
+    machine.return_freed()
+    report(0, 0, {"phase": "loading the UNet"})
+    family.load_unet()
 
 
 def updater(

@@ -150,6 +150,11 @@ class Outcome:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, Sequence[int]] = field(default_factory=dict)  # which samples a term is of; none: all
 
+    @property
+    def acts(self) -> bool:
+        """Whether a loss saw any of the samples. If none did, all on the other path, there is no gradient."""
+        return any(len(term) for term in self.terms.values())
+
 
 def noised(
     process: NoiseProcess, batch: Batch, draws: Draws, noise_offset: float, device: torch.device

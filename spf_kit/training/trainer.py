@@ -16,7 +16,7 @@ from spf_kit.adapters import files
 from spf_kit.adapters.metadata import Run, training_metadata
 from spf_kit.data.random import key_seed
 from spf_kit.discovery import files_of
-from spf_kit.errors import Interrupted
+from spf_kit.errors import Interrupted, UserError
 from spf_kit.files import content_hash
 from spf_kit.measure.memory import peak_memory
 from spf_kit.training import checkpoint, keeping, modes, resuming, session, tools
@@ -109,7 +109,9 @@ def _loop(s: Session, resolved: Resolved, start: int, how_to_resume: str) -> Non
             outcomes = []
             for micro in range(s.config.train.gradient_accumulation):
                 for outcome in s.passes(number, micro):
-                    s.updater.backward(outcome.loss)
+                    if outcome.acts:
+                        _check_gradient(outcome)
+                        s.updater.backward(outcome.loss)
                     outcomes.append(outcome)
             numbers = _read(s, outcomes, s.updater.gradients(), stop.requested)
             check_finite(s, number, numbers, outcomes)  # before the update: the weights stay good
@@ -128,6 +130,16 @@ def _loop(s: Session, resolved: Resolved, start: int, how_to_resume: str) -> Non
             if numbers.stop:
                 raise Interrupted(f"stopped after step {number} of {s.total}; go on with: {how_to_resume}")
             pace.restart()
+
+
+def _check_gradient(outcome: Outcome) -> None:
+    """Raises UserError if nothing can be learnt from a step's losses."""
+    if not outcome.loss.requires_grad:
+        names = ", ".join(name for name, term in outcome.terms.items() if len(term))
+        raise UserError(
+            f"none of the losses ({names}) has a gradient: a plugin computes without one, or "
+            "detaches what it returns; spf-kit losses check FILE tells which"
+        )
 
 
 def _read(s: Session, outcomes: Sequence[Outcome], norm: Tensor, stop: bool) -> Numbers:

@@ -45,8 +45,6 @@ class Updater:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch."""
-        if not loss.requires_grad:  # no loss of this stage acts on these samples
-            return
         loss = loss / self.accumulation
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 

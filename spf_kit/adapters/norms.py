@@ -11,7 +11,9 @@ from spf_kit.adapters.index import IndexedLayer, LayerKey
 from spf_kit.adapters.layers import load_layer
 from spf_kit.adapters.loha import LohaLayer
 from spf_kit.adapters.lokr import LokrLayer
-from spf_kit.adapters.low_rank import square_of_product
+from spf_kit.adapters.low_rank import square, square_of_product
+from spf_kit.adapters.rows import row_ranges
+from spf_kit.adapters.scratch import Scratch
 from spf_kit.adapters.update import Update
 from spf_kit.errors import UserError
 
@@ -20,8 +22,8 @@ def norm(layer: Update) -> float | None:
     """|U|; None where U depends on the base's weight (DoRA, OFT).
 
     LoRA: by the triangles of its thin factors (`low_rank.square_of_product`). LoKr: |C kron D| = |C| |D|, of
-    which a D without a rank is a matrix as it stands. LoHa: by its factors too, or by the update in float32,
-    whichever is smaller.
+    which a D without a rank is a matrix as it stands. LoHa: by its factors too, or where the update is
+    smaller, by that in float32, block by block.
     """
     if layer.depends_on_weight or layer.dora_scale is not None:
         return None
@@ -33,7 +35,7 @@ def norm(layer: Update) -> float | None:
             large = math.sqrt(square_of_product(*layer.thin()))
         return abs(layer.scale) * small * large
     if isinstance(layer, LohaLayer) and not _thin(layer):
-        return float(torch.linalg.vector_norm(layer.update(), dtype=torch.float64))
+        return math.sqrt(_square_by_rows(layer))
     return math.sqrt(square_of_product(*layer.factors()))
 
 
@@ -41,6 +43,16 @@ def _thin(layer: LohaLayer) -> bool:
     """Whether its r^2 pairs of factors are fewer numbers than the update."""
     out, into = layer.shape[0], math.prod(layer.shape[1:])
     return layer.hada_w1_b.shape[0] * layer.hada_w2_b.shape[0] * (out + into) < out * into
+
+
+def _square_by_rows(layer: LohaLayer) -> float:
+    """|U|^2; a block of rows is in memory at a time."""
+    total, scratch = 0.0, Scratch()
+    for rows in row_ranges(layer.shape, [layer]):
+        block = scratch("block", (len(rows), math.prod(layer.shape[1:]))).zero_()
+        layer.add_rows(block, block, rows.start, 1.0, scratch)  # a LoHa does not read the weight
+        total += square(block)
+    return total
 
 
 def by_block(

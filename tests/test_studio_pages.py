@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import http.cookiejar
 import json
 import os
@@ -107,6 +108,19 @@ def test_an_ear_keeps_sentences_and_hands_progress_on() -> None:
     assert ear.text == "warning: careful\ndone"
     assert heard[-1] == ((1, 4), "drawing step 1")
     assert ear.result == {"a": 1}
+
+
+def test_progress_of_threads_reaches_the_page_that_asked() -> None:
+    """gradio finds the page in a context variable, which a thread does not have by itself."""
+    page = contextvars.ContextVar("page", default="none")
+    page.set("mine")
+    heard: list[str] = []
+    ear = Ear(lambda done, desc: heard.append(page.get()))
+    with ear.bar("drawing") as progress:
+        thread = threading.Thread(target=progress, args=(1, 2))
+        thread.start()
+        thread.join()
+    assert heard == ["mine", "mine"]
 
 
 def test_whatever_goes_wrong_is_said_as_the_command_line_says_it(capsys: pytest.CaptureFixture[str]) -> None:

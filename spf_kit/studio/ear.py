@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ class Ear(Console):
         super().__init__()
         self.sentences: list[str] = []
         self._progress, self._stop = progress, stop
+        self._page = contextvars.copy_context()  # gradio knows the page by it; pictures are drawn in threads
 
     def say(self, text: str) -> None:
         self.sentences.append(text)
@@ -40,7 +42,8 @@ class Ear(Console):
             if self._stop is not None and self._stop.is_set():
                 raise Interrupted(STOPPED)
             if self._progress is not None:
-                self._progress((done, total), desc=f"{description} {text}".strip())
+                words = f"{description} {text}".strip()
+                self._page.copy().run(self._progress, (done, total), desc=words)
 
         update(0, 1)
         yield update

@@ -53,5 +53,7 @@ OPENING = f"""() => {{
 def focus_on(element: str) -> str:
     """Give the keyboard to a button where that which had it was closed."""
     return f"""() => {{
-      if (document.activeElement === document.body) document.getElementById('{element}').focus();
+      setTimeout(() => {{  // once it is open itself
+        if (document.activeElement === document.body) document.getElementById('{element}').focus();
+      }}, 100);
     }}"""

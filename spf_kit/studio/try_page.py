@@ -71,7 +71,7 @@ def build(studio: Studio) -> None:
 
     def on_begin(request: gr.Request) -> tuple[Any, ...]:
         stops.begin(request)
-        return gr.update(interactive=False), gr.update(interactive=True)
+        return gr.update(interactive=False), gr.update(interactive=True), ""
 
     def on_draw(request: gr.Request, *values: Any, progress: Any = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
         return _draw(studio, values, progress, stops.of(request))
@@ -92,7 +92,7 @@ def build(studio: Studio) -> None:
         lambda: (*rows.choices(studio), gr.update(choices=[OWN_BASE, *found.bases(studio)])),
         [*rows.loras, base],
     )
-    begun = draw.click(on_begin, None, [draw, stop], **quietly)
+    begun = draw.click(on_begin, None, [draw, stop, told], **quietly)
     begun.then(None, js=focus_on("stop-drawing"), **quietly)
     begun.then(
         answering(on_draw, 5),

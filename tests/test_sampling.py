@@ -21,7 +21,7 @@ from spf_kit.adapters.inject import AdapterHandle
 from spf_kit.errors import UserError
 from spf_kit.sampling import GridSettings, SampleLora, contact_sheet, generate, png_info, sample_loras
 from spf_kit.sampling.png_info import LoraUse, PictureInfo
-from spf_kit.sampling.settings import file_name
+from spf_kit.sampling.settings import file_name, strength_names
 
 PROMPTS = ["a portrait, red hoodie, sad", "a portrait, blue background", "a portrait, red hoodie, sad"]
 
@@ -283,10 +283,26 @@ def test_without_a_lora_the_base_draws(family: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prompt", ["", "CON", 'a/b\\c:d*e?f"g<h>i|j', "Glück 幸福", ". .", "x" * 300])
 def test_file_names_are_safe_everywhere(prompt: str) -> None:
-    name = file_name(0, prompt, 0.5, 3)
+    name = file_name(0, prompt, "0.5", 3)
     assert re.fullmatch(r"001-[a-z0-9]([a-z0-9-]*[a-z0-9])?-strength-0\.5-seed-3\.png", name)
     assert len(name) < 100
-    assert file_name(0, prompt, 1.0, 3) != file_name(0, prompt, 1.0000001, 3)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "weights", "names"),
+    [
+        ([0, 1], [1.0], ["0", "1"]),
+        ([0, 1, 1.0000001], [0.75], ["0", "0.75", "0.750000075"]),
+        ([0, 0.5], [0.6, 0.6], ["0", "0.3"]),
+        ([0, -1], [0.75, -0.4], ["0", "-0.75-and-0.4"]),
+        ([3], [0.1, 1.0], ["0.3-and-3"]),
+        ([0, 1], [0.0], ["0", "1"]),  # two pictures, although nothing acts
+    ],
+)
+def test_file_names_tell_how_strong_each_lora_is(
+    strengths: list[float], weights: list[float], names: list[str]
+) -> None:
+    assert list(strength_names(strengths, weights).values()) == names
 
 
 # --- what the user types ----------------------------------------------------------------------------------

@@ -169,3 +169,21 @@ print(sorted({{'torch', 'transformers', 'diffusers', 'matplotlib'}} & set(sys.mo
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_gradio_writes_no_stubs_beside_its_own_code(tmp_path: Path) -> None:
+    """In front of a package that does at its import what gradio does."""
+    (tmp_path / "gradio").mkdir()
+    (tmp_path / "gradio/__init__.py").write_text("from gradio.component_meta import KEPT, make\nmake()\n")
+    (tmp_path / "gradio/component_meta.py").write_text(
+        "from pathlib import Path\nKEPT = 7\n\n"
+        "def create_or_modify_pyi(*names):\n    Path(__file__).with_suffix('.pyi').touch()\n\n"
+        "def make():\n    create_or_modify_pyi(object, 'name', [])\n"
+    )
+    stub = tmp_path / "gradio/component_meta.pyi"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {{}}import gradio; print(gradio.KEPT)"
+    prepare = "from spf_kit.studio import quick_gradio; quick_gradio.prepare(); "
+    for before, written in ((prepare, False), ("", True)):
+        done = subprocess.run([sys.executable, "-c", code.format(before)], capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("7\n", "")
+        assert stub.exists() == written

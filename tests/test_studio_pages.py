@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import http.cookiejar
 import json
 import os
@@ -11,6 +12,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -33,12 +36,12 @@ def studio(tmp_path: Path) -> Studio:
 
 
 def lora(path: Path) -> Path:
-    """A LoRA file with one layer."""
+    """A LoRA file with one layer of the embedded base."""
     import torch
     from safetensors.torch import save_file
 
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-    tensors = {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(32, 2)}
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 128), f"{name}.lora_up.weight": torch.ones(48, 2)}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors | {f"{name}.alpha": torch.tensor(2.0)}, path)
     return path
@@ -107,6 +110,19 @@ def test_an_ear_keeps_sentences_and_hands_progress_on() -> None:
     assert ear.result == {"a": 1}
 
 
+def test_progress_of_threads_reaches_the_page_that_asked() -> None:
+    """gradio finds the page in a context variable, which a thread does not have by itself."""
+    page = contextvars.ContextVar("page", default="none")
+    page.set("mine")
+    heard: list[str] = []
+    ear = Ear(lambda done, desc: heard.append(page.get()))
+    with ear.bar("drawing") as progress:
+        thread = threading.Thread(target=progress, args=(1, 2))
+        thread.start()
+        thread.join()
+    assert heard == ["mine", "mine"]
+
+
 def test_whatever_goes_wrong_is_said_as_the_command_line_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     from spf_kit.studio.answers import answering, wrong
 
@@ -141,6 +157,57 @@ def test_a_base_is_opened_once_and_again_after_something_went_wrong(studio: Stud
         fail()
     with kept.lent() as load:
         assert load(None) is not first
+
+
+def test_a_stopped_drawing_ends_at_its_next_step_and_leaves_the_base_as_it_was(
+    studio: Studio, tmp_path: Path
+) -> None:
+    from spf_kit import workflow
+    from spf_kit.errors import Interrupted
+
+    kept, stop = KeptBase(studio.folders), threading.Event()
+    calls: list[str] = []
+
+    def hear(done: tuple[int, int], desc: str) -> None:
+        calls.append(desc)
+        if "step 2 of" in desc:
+            stop.set()
+
+    def draw(name: str, ear: Ear, loras: list[str], steps: int) -> bytes:
+        with kept.lent() as load:
+            workflow.sample(
+                loras, base=None, prompts=["a portrait"], prompts_file=None, strengths="1", size=None,
+                dtype=None, quantize=None, output=tmp_path / name, overwrite=False, console=ear, load=load,
+                steps=steps,
+            )  # fmt: skip
+        assert ear.result is not None
+        return Path(ear.result["pictures"][0]["file"]).read_bytes()
+
+    before = draw("before", Ear(), [], 2)
+    with kept.lent() as load:
+        base = load(None)
+    style = lora(studio.folders.roots[0] / "style.safetensors")
+    with pytest.raises(Interrupted, match="stopped: nothing was kept"):
+        draw("stopped", Ear(hear, stop), [str(style)], 900)
+    assert not list(tmp_path.glob("stopped/*.png"))
+    assert "step 2 of" in calls[-1]
+    with kept.lent() as load:
+        assert load(None) is base
+    assert draw("after", Ear(), [], 2) == before
+
+
+def test_each_page_stops_its_own_work() -> None:
+    from spf_kit.studio.stopping import Stops
+
+    one, two = (SimpleNamespace(session_hash=name) for name in ("one", "two"))
+    stops: Any = Stops()
+    stops.stop(one)  # of which there is none
+    first, other = stops.begin(one), stops.begin(two)
+    assert stops.of(one) is first
+    stops.stop(one)
+    assert (first.is_set(), other.is_set()) == (True, False)
+    stops.end(one)
+    assert not stops.of(one).is_set()
 
 
 def test_a_base_is_lent_to_one_at_a_time(studio: Studio) -> None:

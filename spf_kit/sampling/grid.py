@@ -12,7 +12,7 @@ from spf_kit.files import refuse_existing
 from spf_kit.sampling.contact_sheet import sheet
 from spf_kit.sampling.draw import Progress, draw, save_png, to_pil
 from spf_kit.sampling.png_info import LoraUse, PictureInfo, file_hash, lora_hash, lora_name
-from spf_kit.sampling.settings import GridSettings, SampleLora, file_name
+from spf_kit.sampling.settings import GridSettings, SampleLora, file_name, strength_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,8 +31,12 @@ class Grid:
     model: str
     model_hash: str
     output: Path
+    names: Mapping[float, str] = field(init=False)  # of the strengths, in names of files
     pictures: dict[float, list[Image]] = field(default_factory=dict)
     entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.names = strength_names(self.strengths, [use.strength for use in self.loras])
 
     @classmethod
     def prepare(
@@ -72,7 +76,8 @@ class Grid:
             model=self.model, model_hash=self.model_hash,
             loras=[LoraUse(use.name, use.strength * strength, use.hash) for use in self.loras],
         )  # fmt: skip
-        path = self.output / file_name(index, info.prompt, strength if self.loras else None, seed)
+        name = file_name(index, info.prompt, self.names[strength] if self.loras else None, seed)
+        path = self.output / name
         save_png(picture, path, info)
         self.pictures.setdefault(strength, []).append(picture)
         entry = {"file": str(path), "prompt": info.prompt, "strength": strength, "seed": seed}

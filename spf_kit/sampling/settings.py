@@ -106,11 +106,30 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def file_name(index: int, prompt: str, strength: float | None, seed: int) -> str:
+def file_name(index: int, prompt: str, strength: str | None, seed: int) -> str:
     """Name of a picture: lower-case ASCII letters, digits, dot and hyphen, fit for every file system.
 
     The number in front tells prompts apart that begin alike, and keeps names off those that Windows reserves.
+
+    Args:
+        strength: one of `strength_names`; None where there is no LoRA.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "prompt"
-    middle = "" if strength is None else f"-strength-{str(float(strength)).removesuffix('.0')}"
+    middle = "" if strength is None else f"-strength-{strength}"
     return f"{index + 1:03d}-{slug}{middle}-seed-{seed}.png"
+
+
+def strength_names(strengths: Sequence[float], weights: Sequence[float]) -> dict[float, str]:
+    """For names of files: how strong the LoRAs are at each strength, as "0.75", or "0.75-and-0.4" where they
+    differ. Where weights of 0 leave nothing to tell apart, the strengths themselves."""
+    names = {}
+    for strength in strengths:
+        real = [_short(round(weight * strength, 10) + 0.0) for weight in weights]  # + 0.0: no "-0"
+        names[strength] = "-and-".join(real if len(set(real)) > 1 else real[:1])
+    if len(set(names.values())) < len(names):
+        return {strength: _short(strength) for strength in strengths}
+    return names
+
+
+def _short(number: float) -> str:
+    return str(float(number)).removesuffix(".0")

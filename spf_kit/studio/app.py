@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spf_kit.errors import UserError
-from spf_kit.studio import report_route
+from spf_kit.studio import page_script, quick_gradio, report_route
 from spf_kit.studio.folders import Folders
 from spf_kit.studio.guard import LOCAL, OwnPages
 from spf_kit.studio.state import Studio
@@ -84,6 +84,7 @@ def _settle(scratch: str) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = scratch
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    quick_gradio.prepare()
     try:
         import gradio  # noqa: F401
     except ImportError:
@@ -124,6 +125,7 @@ def _launch(app: gr.Blocks, studio: Studio, host: str, port: int, password: str 
             allowed_paths=[],  # pages carry their pictures: no file has an address
             theme=plain,
             css_paths=[STYLE],
+            js=page_script.NAMES,
             app_kwargs=asked,
             **options,
         )

@@ -19,7 +19,9 @@ PER_PAGE = 60
 ON_LOAD = """
 element.addEventListener('click', (event) => {
   const card = event.target.closest('[data-id]');
-  if (card) trigger('click', {id: card.dataset.id});
+  if (!card) return;
+  for (const one of element.querySelectorAll('[data-id]')) one.setAttribute('aria-pressed', one === card);
+  trigger('click', {id: card.dataset.id});
 });
 """
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spf_kit.errors import Interrupted
 from spf_kit.studio.folders import Folders
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class KeptBase:
                 self._timer.cancel()
             try:
                 yield self._load
+            except Interrupted:  # between two steps, and tidied up: the next drawing need not open it again
+                raise
             except BaseException:
                 self._release()  # who knows what a drawing left behind
                 raise

@@ -15,6 +15,7 @@ element.addEventListener("input", (event) => {
 _LOOK = """
 .compare { max-width: 34rem; }
 .bar-of-run { width: 100%; height: .75rem; accent-color: var(--accent); }
+.pictures figcaption, .strip figcaption { font-size: .9rem; line-height: 1.35; }
 .open { display: inline-block; margin: .5rem 0; font-weight: 600; }
 """
 
@@ -53,3 +54,10 @@ def own_tab() -> Any:
     while not isinstance(block, gr.Tab):
         block = block.parent
     return block
+
+
+def root() -> Any:
+    """The application that is being laid out."""
+    from gradio.context import Context
+
+    return Context.root_block

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from spf_kit.errors import UserError
-from spf_kit.studio import loss_form, memory_bar, train_choices
+from spf_kit.studio import loss_form, memory_bar, page_script, train_choices
 from spf_kit.studio.answers import note, said, wrong
 from spf_kit.studio.copyable import copyable, text
 from spf_kit.studio.estimator import Estimator
@@ -42,7 +42,13 @@ class TrainPage:
 
     def build(self) -> None:
         self._lay_out_head()
-        self._lay_out_settings()
+        self.plain = gr.State({})  # values of the preset as it stands
+        self.losses = gr.State([])  # its losses, for their forms
+        self.changed = gr.State({})  # keys of losses that were changed
+        self.wrong = gr.State([])  # keys whose help shows an error
+        self.options = gr.State(None)  # of `config.load`, once everything is right
+        with gr.Column(elem_id=page_script.SETTINGS):
+            self._lay_out_settings()
         self._lay_out_answers()
         self.panel = RunPanel(self.studio)
         self._listen()
@@ -65,6 +71,7 @@ class TrainPage:
             self.head["output"] = gr.Textbox(
                 "", label="Name of the run", info="of its folder; empty: the attribute's name", min_width=240
             )
+        self.about_head = note("About the choices")  # errors that belong to no field; all stand by Start
 
     def _lay_out_settings(self) -> None:
         with gr.Row():
@@ -78,22 +85,15 @@ class TrainPage:
                 with gr.Accordion(f"[{section}] {about}", open=False), gr.Row():
                     for field in folded:
                         self._lay_out_field(field)
+        with gr.Accordion("[[loss]] Losses and masks, in order", open=False):
+            self.loss_form = gr.HTML("", js_on_load=loss_form.ON_LOAD, elem_classes=["losses"])
 
     def _lay_out_field(self, field: Field) -> None:
         self.inputs[field.key] = field.component()
 
     def _lay_out_answers(self) -> None:
-        self.plain = gr.State({})  # values of the preset as it stands
-        self.losses = gr.State([])  # its losses, for their forms
-        self.changed = gr.State({})  # keys of losses that were changed
-        self.wrong = gr.State([])  # keys whose help shows an error
-        self.options = gr.State(None)  # of `config.load`, once everything is right
-        with gr.Accordion("[[loss]] Losses and masks, in order", open=False):
-            self.loss_form = gr.HTML("", js_on_load=loss_form.ON_LOAD, elem_classes=["losses"])
-
-        self.said = note("About the settings")
         gr.Markdown("### Memory")
-        with gr.Row():
+        with gr.Row(elem_classes=["memory-row"]):
             self.card = gr.Dropdown(
                 list(memory_bar.CARDS),
                 value="8gb",
@@ -108,6 +108,7 @@ class TrainPage:
         gr.Markdown("### The same on the command line, and as a preset")
         self.command = copyable("Command line", "command-line", 2)
         self.toml = copyable("Preset (TOML)", "preset-toml", 10)
+        self.said = note("About the settings")
         self.start = gr.Button("Start", variant="primary")
 
     # --- events -------------------------------------------------------------------------------------------
@@ -121,6 +122,7 @@ class TrainPage:
             *heads,
             *fields,
             self.loss_form,
+            self.about_head,
             self.said,
             self.command,
             self.toml,
@@ -135,19 +137,32 @@ class TrainPage:
             self._read_preset,
             self._all,
             read,
+            js=page_script.closing(len(self._all)),
             **LIVE,
         )
-        for event in (loaded, chosen):
-            event.then(self._check, self._all, answers, **QUIETLY)
+        edited = self.loss_form.input(  # one after the other: none may be passed over
+            self._change_loss, [self.losses, self.changed], self.changed, trigger_mode="multiple", **QUIETLY
+        )
+        advised = self.advise.click(
+            self._advise,
+            advise_inputs := [self.options, self.card, self.changed],
+            [self.bar, self.changed, *fields],
+            js=page_script.closing(len(advise_inputs)),
+            api_visibility="private",
+        )
+        for event in (chosen, advised):
+            event.then(None, js=page_script.OPENING, **QUIETLY)
+        # one check at a time, in the order in which they were asked for: the newest answer must be the last
+        in_turn: dict[str, Any] = {"concurrency_id": "check", **QUIETLY}
+        for event in (loaded, chosen, edited, advised):
+            event.then(self._check, self._all, answers, **in_turn)
         gr.on(
-            [*(field.input for field in fields), self.head["output"].input, self.changed.change],
+            [*(field.input for field in fields), self.head["output"].input],
             self._check,
             self._all,
             answers,
-            **LIVE,
-        )
-        self.loss_form.input(  # one after the other: none may be passed over
-            self._change_loss, [self.losses, self.changed], self.changed, trigger_mode="multiple", **QUIETLY
+            trigger_mode="always_last",
+            **in_turn,
         )
         opened = gr.State(False)
         gr.on(
@@ -158,12 +173,6 @@ class TrainPage:
             **LIVE,
         )
         own_tab().select(lambda: True, None, opened, **QUIETLY)
-        self.advise.click(
-            self._advise,
-            [self.options, self.card, self.changed],
-            [self.bar, self.changed, *fields],
-            api_visibility="private",
-        ).then(self._check, self._all, answers, **QUIETLY)
         started = self.start.click(
             self._start, self._all, [self.said, self.panel.run], api_visibility="private"
         )
@@ -225,6 +234,11 @@ class TrainPage:
         choice, before = self._choice(given)
         checked = self.form.check(choice)
         updates = self._beside(checked, before) | {self.loss_form: self._losses(given, checked)}
+        placed = {*self.inputs, *HEAD.values()}
+        of_head = [
+            why for key, why in checked.wrong.items() if key not in placed and not key.startswith("loss.")
+        ]
+        updates[self.about_head] = wrong("\n".join(of_head)) if of_head else ""
         if checked.right:
             warnings = "\n".join(f"warning: {line}" for line in checked.warnings)
             return updates | {

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spf_kit.errors import UserError
+import gradio as gr
+
+from spf_kit.errors import Interrupted, UserError
 from spf_kit.studio import found, lora_rows
 from spf_kit.studio.answers import answering, note, said
 from spf_kit.studio.lora_rows import LoraRows
-from spf_kit.studio.pieces import on_opening, place
+from spf_kit.studio.page_script import focus_on
+from spf_kit.studio.pieces import on_opening, place, root
 from spf_kit.studio.state import Studio
+from spf_kit.studio.stopping import Stops
 
 OWN_BASE = ("the one that the LoRA was trained on", "")
 SIDE = 1024  # pixels of a picture on the page; saved ones keep their size
@@ -23,8 +28,6 @@ Entry = dict[str, Any]  # file, prompt, strength, seed: as `spf-kit sample --jso
 
 def build(studio: Studio) -> None:
     """Lay the page out, within its tab."""
-    import gradio as gr
-
     gr.Markdown("## Try")
     with gr.Row():
         with gr.Column():
@@ -51,7 +54,9 @@ def build(studio: Studio) -> None:
                 with gr.Row():
                     scheduler = gr.Dropdown(_samplers(), value="ddim", label="Sampler", interactive=True)
                     size = gr.Textbox("", label="Size", info="WIDTHxHEIGHT; empty: the base's own.")
-            draw = gr.Button("Draw", variant="primary")
+            with gr.Row():
+                draw = gr.Button("Draw", variant="primary", elem_id="draw")
+                stop = gr.Button("Stop drawing", interactive=False, elem_id="stop-drawing")
             told = note("Drawing")
         with gr.Column():
             which = gr.Dropdown([], label="Picture", visible=False, interactive=True)
@@ -62,9 +67,22 @@ def build(studio: Studio) -> None:
                 save = gr.Button("Save all pictures with their parameters")
                 kept = note("Saving")
     drawn = gr.State([])
+    stops = Stops()
 
-    def on_draw(*values: Any, progress: Any = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
-        return _draw(studio, values, progress)
+    def on_begin(request: gr.Request) -> tuple[Any, ...]:
+        stops.begin(request)
+        return gr.update(interactive=False), gr.update(interactive=True), ""
+
+    def on_draw(request: gr.Request, *values: Any, progress: Any = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
+        return _draw(studio, values, progress, stops.of(request))
+
+    def on_stop(request: gr.Request) -> tuple[Any, ...]:
+        stops.stop(request)
+        return gr.update(interactive=False), said("stops at the next step")
+
+    def on_end(request: gr.Request) -> tuple[Any, ...]:
+        stops.end(request)
+        return gr.update(interactive=True), gr.update(interactive=False)
 
     def on_save(entries: list[Entry], where: str, replace: bool) -> tuple[str]:
         return (_save(studio, entries, where, replace),)
@@ -74,14 +92,18 @@ def build(studio: Studio) -> None:
         lambda: (*rows.choices(studio), gr.update(choices=[OWN_BASE, *found.bases(studio)])),
         [*rows.loras, base],
     )
-    draw.click(
+    begun = draw.click(on_begin, None, [draw, stop, told], **quietly)
+    begun.then(None, js=focus_on("stop-drawing"), **quietly)
+    begun.then(
         answering(on_draw, 5),
         [prompt, negative, base, seed, count, steps, cfg, scheduler, size, *rows.inputs],
         [drawn, which, shown, saving, told],
         concurrency_id="drawing",
         show_progress_on=[told],
         api_visibility="private",
-    )
+    ).then(on_end, None, [draw, stop], **quietly).then(None, js=focus_on("draw"), **quietly)
+    stop.click(on_stop, None, [stop, told], **quietly)
+    root().unload(stops.stop)
     which.input(lambda entries, one: _shown(entries, one), [drawn, which], shown, **quietly)
     save.click(answering(on_save, 1), [drawn, folder, overwrite], [kept], **quietly)
 
@@ -99,40 +121,12 @@ def _default(studio: Studio) -> Path:
 # --- drawing ----------------------------------------------------------------------------------------------
 
 
-def _draw(studio: Studio, values: Sequence[Any], progress: Any) -> tuple[Any, ...]:
-    """As `spf-kit sample` draws, at strengths 0 and 1, into a folder that goes with the studio."""
-    import gradio as gr
-
-    from spf_kit import workflow
-    from spf_kit.studio.ear import Ear
-
-    prompt, negative, base, seed, count, steps, cfg, scheduler, size, *rows = values
-    loras = lora_rows.texts(studio, rows)
-    ear = Ear(progress)
-    output = Path(tempfile.mkdtemp(prefix="tried-", dir=os.environ.get("GRADIO_TEMP_DIR")))
-    with studio.base.lent() as load:
-        workflow.sample(
-            loras,
-            base=studio.folders.model(base) if base else None,
-            prompts=[line.strip() for line in prompt.splitlines() if line.strip()],
-            prompts_file=None,
-            strengths="0,1",
-            size=size.strip() or None,
-            dtype=None,
-            quantize=None,
-            output=output,
-            overwrite=True,
-            console=ear,
-            load=load,
-            negative=negative,
-            seed=_whole(seed, "seed"),
-            count=_whole(count, "count"),
-            steps=_whole(steps, "steps"),
-            cfg=cfg if cfg is not None else 5.0,
-            scheduler=scheduler,
-        )
-    assert ear.result is not None
-    entries: list[Entry] = ear.result["pictures"]
+def _draw(studio: Studio, values: Sequence[Any], progress: Any, stop: threading.Event) -> tuple[Any, ...]:
+    """Draw and show; or say that it was stopped, and show what stands there."""
+    try:
+        entries = _pictures(studio, values, progress, stop)
+    except Interrupted as stopped:
+        return (*[gr.skip()] * 4, said(str(stopped)))
     first = _key(entries[0])
     names = {_key(entry): f"seed {entry['seed']}: {entry['prompt']}" for entry in entries}
     choices = [(name, key) for key, name in names.items()]
@@ -143,6 +137,50 @@ def _draw(studio: Studio, values: Sequence[Any], progress: Any) -> tuple[Any, ..
         gr.update(visible=True),
         said(f"{len(entries)} pictures are drawn"),
     )
+
+
+def _pictures(studio: Studio, values: Sequence[Any], progress: Any, stop: threading.Event) -> list[Entry]:
+    """As `spf-kit sample` draws, at strengths 0 and 1, into a folder that goes with the studio.
+
+    Raises UserError as it does, and Interrupted after `stop` was set; then nothing is left in that folder.
+    """
+    from spf_kit import workflow
+    from spf_kit.studio.ear import STOPPED, Ear
+
+    if stop.is_set():  # while it waited for its turn
+        raise Interrupted(STOPPED)
+    prompt, negative, base, seed, count, steps, cfg, scheduler, size, *rows = values
+    loras = lora_rows.texts(studio, rows)
+    ear = Ear(progress, stop)
+    output = Path(tempfile.mkdtemp(prefix="tried-", dir=os.environ.get("GRADIO_TEMP_DIR")))
+    try:
+        with studio.base.lent() as load:
+            workflow.sample(
+                loras,
+                base=studio.folders.model(base) if base else None,
+                prompts=[line.strip() for line in prompt.splitlines() if line.strip()],
+                prompts_file=None,
+                strengths="0,1",
+                size=size.strip() or None,
+                dtype=None,
+                quantize=None,
+                output=output,
+                overwrite=True,
+                console=ear,
+                load=load,
+                negative=negative,
+                seed=_whole(seed, "seed"),
+                count=_whole(count, "count"),
+                steps=_whole(steps, "steps"),
+                cfg=cfg if cfg is not None else 5.0,
+                scheduler=scheduler,
+            )
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+    assert ear.result is not None
+    entries: list[Entry] = ear.result["pictures"]
+    return entries
 
 
 def _whole(value: Any, name: str) -> int:

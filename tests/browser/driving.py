@@ -109,6 +109,23 @@ def shoot(page: Page, name: str) -> Path:
     return file
 
 
+CONTROLS = {
+    "button", "checkbox", "combobox", "group", "image", "link", "listbox", "meter", "progressbar", "radio",
+    "radiogroup", "searchbox", "slider", "spinbutton", "tab", "textbox",
+}  # fmt: skip
+
+
+def nameless(page: Page) -> list[str]:
+    """Roles of the controls and pictures that a screen reader comes to and cannot name, by the browser's own
+    reckoning of names. Raises AssertionError where it comes to none at all."""
+    client = page.context.new_cdp_session(page)
+    nodes = client.send("Accessibility.getFullAXTree")["nodes"]
+    client.detach()
+    told = [node for node in nodes if not node["ignored"] and node["role"]["value"] in CONTROLS]
+    assert told
+    return [node["role"]["value"] for node in told if not node.get("name", {}).get("value", "").strip()]
+
+
 def choose(page: Page, label: str, name: str) -> None:
     """An entry of a list."""
     page.get_by_role("combobox", name=label, exact=True).click()

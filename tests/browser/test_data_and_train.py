@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from driving import PATIENCE, Running, go, open_folder, samples
+from driving import NARROW, PATIENCE, Running, go, nameless, open_folder, samples, shoot, write
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    from playwright.sync_api import Locator, Page, Route
 
 CAPTION = "a <b>bold</b> man {{value}} ${1+1}, wearing glasses"  # text, whatever a template makes of it
 
@@ -49,6 +49,9 @@ def test_captions_are_edited_by_keyboard_and_taken_back(page: Page, studio: Runn
     field(page, "Caption").fill(CAPTION)
     page.get_by_role("button", name="Save the caption").click()
     page.get_by_text("the caption of 01.png is written").wait_for()
+    assert card.get_attribute("aria-pressed") == "true"
+    assert page.locator("[data-id][aria-pressed='true']").count() == 1
+    assert nameless(page) == []
     assert (mine / "01.txt").read_text() == CAPTION + "\n"
     assert card.locator("mark").inner_text() == "wearing glasses"
     assert CAPTION in card.inner_text()
@@ -92,11 +95,41 @@ def test_settings_are_checked_beside_their_field_while_they_are_typed(page: Page
     start.fill("0.2")
     assert command(page, "--set loss.target.start=0.2", "--set train.steps=25")
 
+    # until the recipe's values have come, what is typed would be lost: nothing can be
+    held: list[Route] = []
+    page.route("**/queue/join*", lambda route: held.append(route))
     page.get_by_role("combobox", name="Recipe", exact=True).click()
     page.get_by_role("option", name="naive", exact=True).click()
-    shown = command(page, "--recipe naive", "--set train.steps=25")
+    page.locator("#settings[inert]").wait_for()
+    steps.focus()
+    page.keyboard.type("7")
+    page.route("**/queue/join*", lambda route: route.continue_())  # from now on
+    for request in held:
+        request.continue_()
+    page.locator("#settings:not([inert])").wait_for()
+    steps.press("End")
+    page.keyboard.type("0")
+    shown = command(page, "--recipe naive", "--set train.steps=250")
     assert "loss.target" not in shown  # that recipe has no such loss
-    assert steps.input_value() == "25"
+    assert steps.input_value() == "250"
+
+
+def test_opening_every_section_changes_nothing_and_all_is_named(open_page: Callable[..., Page]) -> None:
+    page = open_page("Train", NARROW)
+    assert page.get_by_role("tab").count() == 5  # none is behind a menu
+    before = command(page, "spf-kit train glasses")
+    for section in page.get_by_role("button", name=re.compile(r"^\[")).all():
+        section.click()
+    page.get_by_role("checkbox", name="convolutions").wait_for()
+    page.get_by_role("spinbutton", name="loss.target.start", exact=True).wait_for()
+    assert nameless(page) == []
+    assert page.get_by_role("group", name="adapter.targets").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= NARROW[0]
+    assert command(page, "spf-kit train glasses") == before
+    assert page.locator(".setting.wrong").count() == 0
+    shoot(page, "train-phone")
+    write(page, "Preset", "nowhere")  # told where it was typed
+    page.get_by_role("status", name="About the choices").get_by_text("nowhere").wait_for()
 
 
 def test_memory_is_a_bar_against_the_card(page: Page) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from driving import NARROW, Running, choose, go, region, shoot, train
+from driving import NARROW, Running, choose, go, nameless, region, shoot, train
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -59,6 +59,7 @@ def test_the_map_and_the_step_change_the_pictures(page: Page, studio: Running) -
         assert veil.get_attribute("src") == labels[name]
     page.get_by_role("radio", name="no map").check()
     shown.locator(".veil").first.wait_for(state="detached")
+    assert page.get_by_role("group", name="Map over the picture").is_visible()
     slider = page.get_by_role("slider", name="Step of the preview")
     assert slider.input_value() == "4"
     slider.press("ArrowLeft")
@@ -98,6 +99,7 @@ def test_two_runs_stand_side_by_side(page: Page) -> None:
         r"first from \S+ at step 1 to .* second from",
         figure.get_by_role("img").first.get_attribute("aria-label") or "",
     )
+    assert nameless(page) == []
     with page.context.expect_page() as opened:
         page.get_by_role("link", name="Open the report of these runs side by side").click()
     opened.value.get_by_role("heading", name="2 runs side by side").wait_for()

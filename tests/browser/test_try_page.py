@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from driving import NARROW, Running, choose, go, region, shoot, train
+from driving import NARROW, Running, choose, go, nameless, region, shoot, train
 from PIL import Image
 
 from spf_kit.sampling.png_info import parse
@@ -59,6 +60,7 @@ def test_base_and_lora_are_drawn_under_the_handle_and_saved_as_the_command_line_
     choose(page, "Picture", "seed 7: a portrait, blue hoodie")
     shown.get_by_alt_text("with LoRA: a portrait, blue hoodie, seed 7").wait_for()
     shoot(page, "try")
+    assert nameless(page) == []
 
     page.get_by_role("button", name="Save all pictures with their parameters").click()
     page.get_by_text("4 pictures are saved in").wait_for()
@@ -71,7 +73,7 @@ def test_base_and_lora_are_drawn_under_the_handle_and_saved_as_the_command_line_
         same = Image.open(Path("same") / name)
         assert picture.text == same.text  # type: ignore[attr-defined]
         assert picture.tobytes() == same.tobytes()
-    told = parse(saved["001-a-portrait-red-hair-wearing-glasses-strength-1-seed-7.png"].text["parameters"])  # type: ignore[attr-defined]
+    told = parse(saved["001-a-portrait-red-hair-wearing-glasses-strength-0.75-seed-7.png"].text["parameters"])  # type: ignore[attr-defined]
     assert told["Prompt"].endswith("<lora:glasses:0.75>")
 
     page.get_by_role("button", name="Save all pictures with their parameters").click()
@@ -103,6 +105,29 @@ def test_several_loras_act_together(page: Page) -> None:
     both = shown.get_by_alt_text("with LoRA").evaluate(pixels)
     assert len(base) == 64 * 64 * 4
     assert max(abs(a - b) for a, b in zip(base, both)) <= 2
+
+
+def test_a_drawing_is_stopped_and_another_begun(page: Page) -> None:
+    go(page, "Try")
+    page.get_by_role("button", name="Base model and sampler").click()
+    steps, stop = (
+        page.get_by_role("spinbutton", name="Sampler steps"),
+        page.get_by_role("button", name="Stop drawing"),
+    )
+    assert stop.is_disabled()
+    steps.fill("900")
+    draw(page, prompts="a portrait", Pictures_of_each_prompt="60")
+    page.get_by_text(re.compile("drawing step [0-9]+ of 900")).wait_for()
+    stop.click()
+    page.get_by_text("stopped: nothing was kept").wait_for()
+    button = page.get_by_role("button", name="Draw", exact=True)
+    page.wait_for_function(
+        "button => !button.disabled && document.activeElement === button", arg=button.element_handle()
+    )
+    assert stop.is_disabled()
+    steps.fill("2")
+    draw(page, prompts="a portrait", Pictures_of_each_prompt="1")
+    page.get_by_text("1 pictures are drawn").wait_for()
 
 
 def test_what_cannot_be_drawn_is_refused_where_it_was_asked(page: Page) -> None:
@@ -190,6 +215,7 @@ def test_the_folder_to_share_is_written_and_shown(page: Page, studio: Running) -
     page.get_by_role("heading", name="Measured").wait_for()
     assert page.get_by_role("cell", name="images/1.png").is_visible()
     shoot(page, "merge-and-share")
+    assert nameless(page) == []
     there = {file.name for file in (studio.runs / "glasses/share").rglob("*") if file.is_file()}
     assert there == {"README.md", "glasses.safetensors", "1.png", "2.png"}
 
@@ -197,9 +223,7 @@ def test_the_folder_to_share_is_written_and_shown(page: Page, studio: Running) -
 def test_it_fits_on_a_phone(open_page: Callable[..., Page]) -> None:
     page = open_page(None, NARROW)
     for name in ("Try", "Merge and share"):
-        page.get_by_role("button", name="More tabs").click()
-        page.get_by_role("button", name=name, exact=True).click()
-        page.get_by_role("heading", name=name, exact=True).wait_for()
+        go(page, name)
         assert page.evaluate("document.documentElement.scrollWidth") <= NARROW[0]
         shoot(page, f"{name.split()[0].lower()}-phone")
 

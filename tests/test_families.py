@@ -39,6 +39,7 @@ from spf_kit.families.sd15 import SD15Family, target_modules
 from spf_kit.families.single_file import merge_targets, write_single_file
 from spf_kit.families.tokenizer import VOCABULARY, clip_tokenizer, pack, unpack
 from spf_kit.headers import encode_header, read_header
+from spf_kit.sampling.settings import MAX_STEPS
 
 torch.set_num_threads(1)
 
@@ -718,6 +719,17 @@ def test_schedulers_keep_the_models_noise(name: str, family: SD15Family) -> None
     assert len(scheduler.timesteps) >= 8
     if scheduler.config.timestep_spacing == reference.config.timestep_spacing:
         assert torch.equal(scheduler.timesteps, reference.timesteps)
+
+
+@pytest.mark.parametrize("name", [name for name in samplers.SCHEDULERS if name != "lms"])
+def test_the_most_steps_end_within_the_models_timesteps(name: str, family: SD15Family) -> None:
+    scheduler = family.pipeline(name).scheduler
+    scheduler.set_timesteps(MAX_STEPS)
+    latents = torch.ones(1, 4, 2, 2)
+    for timestep in scheduler.timesteps[:2]:  # the largest come first
+        scheduler.scale_model_input(latents, timestep)
+        latents = scheduler.step(torch.zeros_like(latents), timestep, latents).prev_sample
+    assert latents.isfinite().all()
 
 
 def test_the_pipeline_draws_what_diffusers_draws(tiny: Path, family: SD15Family) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from spf_kit import config, families
@@ -17,6 +18,7 @@ from spf_kit.adapters.inject import AdapterHandle
 from spf_kit.errors import UserError
 from spf_kit.estimate import gpu
 from spf_kit.estimate.advice import Change, apply, candidates, cheapest, settings
+from spf_kit.estimate.bare import BareTracker
 from spf_kit.estimate.opened import autocast, opened
 from spf_kit.estimate.peak import CONTEXT, FRAGMENTATION, Estimate, estimate, parse_size, reserve
 from spf_kit.estimate.rehearsal import Rehearsal
@@ -70,6 +72,51 @@ def test_parts_nest_and_tensors_change_them() -> None:
         assert tracker.parts == {"inner": 0, "outer": 0, "kept": 1536}
         tracker.reset_peak()
         assert tracker.peak.total == tracker.total == 1536
+
+
+OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "a view": lambda x, n: x.transpose(0, 1)[1:, 1:].unsqueeze(0),
+    "a view of a view": lambda x, n: x[1:].t()[2:],
+    "an expanded one": lambda x, n: x[:1].expand(5, 4),
+    "a view that says it is none": lambda x, n: torch.ops.aten._unsafe_view(x, [2, 6]),
+    "a product": lambda x, n: x @ x.t(),
+    "several": lambda x, n: torch.native_layer_norm(x, [4], None, None, 1e-5),
+    "another type": lambda x, n: (x.to(torch.bfloat16), x.half()),
+    "strides that are kept": lambda x, n: x.t() * 2,
+    "with an integer": lambda x, n: n + 1,
+    "with the same number, broken": lambda x, n: n + 1.0,
+    "with the same number, a truth": lambda x, n: n + True,
+    "in parts": lambda x, n: (*x.split(2), *x.unbind()),
+    "new": lambda x, n: (x.new_zeros(2), torch.ones(3, dtype=torch.int32), torch.empty_like(x.t())),
+    "in place": lambda x, n: x.clone().mul_(2),
+}
+
+
+@pytest.mark.parametrize("case", OPERATIONS)
+def test_what_operations_return_is_remembered_rightly(case: str) -> None:
+    def described(result: Any, given: tuple[torch.Tensor, ...]) -> list[Any]:
+        return [
+            (
+                t.shape,
+                t.stride(),
+                t.storage_offset(),
+                t.dtype,
+                t.device,
+                t.untyped_storage().nbytes(),
+                [t.untyped_storage()._cdata == g.untyped_storage()._cdata for g in given],
+            )
+            for t in (result if isinstance(result, tuple) else (result,))
+        ]
+
+    call, real = OPERATIONS[case], (torch.randn(3, 4), torch.arange(6))
+    mode = FakeTensorMode()
+    with mode:
+        given = (torch.empty(3, 4), torch.empty(6, dtype=torch.int64))
+        with BareTracker(mode):
+            for other in OPERATIONS.values():
+                other(*given)  # so that whatever can be mistaken for it is known
+            found = described(call(*given), given)
+    assert found == described(call(*real), real)
 
 
 # --- with and without values ------------------------------------------------------------------------------

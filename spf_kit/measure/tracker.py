@@ -92,10 +92,10 @@ class Tracker(TorchDispatchMode):
         result = self.compute(func, types, args, kwargs or {})
         if func is LITERAL:
             return result
-        new = [t for t in _tensors(result) if t.untyped_storage()._cdata not in self._blocks]
+        new = [t for t in tensors(result) if t.untyped_storage()._cdata not in self._blocks]
         if new:
             # what came in and is not followed was there before (inputs on the host); its views are not new
-            given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+            given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
             for tensor in new:
                 storage = tensor.untyped_storage()._cdata
                 if storage not in given and storage not in self._blocks:
@@ -123,13 +123,13 @@ class Tracker(TorchDispatchMode):
         self.parts[part] = self.parts.get(part, 0) + size
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors(values: Any) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists and dictionaries."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, (tuple, list)):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors(value)
     elif isinstance(values, dict):
         for value in values.values():
-            yield from _tensors(value)
+            yield from tensors(value)

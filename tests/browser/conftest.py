@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from driving import PATIENCE, WIDE, Running, go
 
+from spf_kit.studio import processes
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -43,6 +45,9 @@ def studio(browser: Browser, folder: Path) -> Iterator[Running]:
     running = Running(folder).start()
     yield running
     running.stop()
+    for run in processes.running():  # they outlive the studio, and what a failed test left is not wanted
+        if run.parent == running.runs and (left := processes.find(run)):
+            left.kill()
 
 
 @pytest.fixture

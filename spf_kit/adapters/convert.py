@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spf_kit.adapters import files, formats, sai_names
+from spf_kit.adapters import files, formats, keys, sai_names
 from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.guess import FAMILIES, family_name, guess_family
 from spf_kit.adapters.index import LayerKey, index
@@ -41,8 +41,9 @@ def convert(
         dtype: of the tensors; None keeps the file's.
 
     Returns:
-        JSON-able: `ignored` is how many keys of the result a loader would leave out, always 0; `rounding` the
-        largest relative change (Frobenius) of a tensor, 0 where every bit was kept, beside the file or, where
+        JSON-able: `ignored` is how many layers of the result every loader would leave out, always 0;
+        `outside_blocks` how many kohya's own scripts would, of a file of their format; `rounding` the largest
+        relative change (Frobenius) of a tensor, 0 where every bit was kept, beside the file or, where
         that notes the alphas that it was written from, beside those tensors.
 
     Raises:
@@ -58,8 +59,9 @@ def convert(
     files.write(source, output, wanted, kept)
     written = files.read(output)
     found = index(output)
-    keys = sum(len(layer.names) for layer in found.layers.values())
+    count = sum(len(layer.names) for layer in found.layers.values())
     changed = rounding(source.layers, written.layers, folded=wanted == "diffusers")
+    outside = sum(keys.is_outside(*key) for key in written.layers) if wanted == "kohya" else 0
     return {
         "lora": str(lora),
         "output": str(output),
@@ -67,12 +69,14 @@ def convert(
         "format": wanted,
         "kind": source.kind,
         "layers": len(written.layers),
-        "keys": keys,
+        "keys": count,
         "ignored": len(strangers(written)),
+        "outside_blocks": outside,
         "dtype": str(kept).removeprefix("torch."),
         "rounding": changed,
-        "sentence": f"{output}: {len(written.layers)} layers, {keys} keys, in the format {wanted}"
-        + (f", rounded by at most {changed:.1e}" if changed else ", every value kept"),
+        "sentence": f"{output}: {len(written.layers)} layers, {count} keys, in the format {wanted}"
+        + (f", rounded by at most {changed:.1e}" if changed else ", every value kept")
+        + (f"; kohya's own scripts leave out {outside} outside the UNet's blocks" if outside else ""),
     }
 
 
@@ -109,6 +113,8 @@ def strangers(lora: LoraFile) -> list[LayerKey]:
         flat = flatten(module)
         # kohya's own name, whose dots could not be told, or a word of another model
         unread = restore_dots(flat) != module or ("_" in flat and "." not in module and flat not in _UNDOTTED)
+        # a table of embeddings is no layer: loaders know pairs for matrices and convolutions alone
+        unread = unread or ".embeddings." in f".{module}"
         if unread or maps[component].to_ldm(f"{module}.weight") is None:
             found.append((component, module))
     return found

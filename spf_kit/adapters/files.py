@@ -134,7 +134,10 @@ def _tensors(
 
 
 def _unet_names(lora: LoraFile) -> UNetNames:
-    """kohya's trainer has SDXL's UNet in SAI's names, all others in diffusers'."""
+    """kohya's trainer has SDXL's UNet in SAI's names, all others in diffusers'. A file keeps its own, but
+    where diffusers' loader knows a layer by SAI's alone."""
+    if any(component == "unet" and module.startswith("add_embedding.") for component, module in lora.layers):
+        return "sai"
     if lora.unet_names is not None:
         return lora.unet_names
     return "sai" if guess_family(lora.layers, lora.metadata) == "sdxl" else "diffusers"

@@ -393,6 +393,25 @@ def test_a_name_that_loaders_would_not_take_is_refused(tmp_path: Path, format: s
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("command", ["convert", "resize"])
+def test_a_folder_of_other_things_stays(
+    lora: LoraFile, spf_kit: Callable[..., Any], tmp_path: Path, command: str
+) -> None:
+    """With --overwrite too, which takes the whole folder's place."""
+    files.write(lora, tmp_path / "a", "peft", "float16")
+    arguments = ["--format", "peft"] if command == "convert" else ["--rank", "2"]
+    again = (command, "a", *arguments, "--output", "b", "--overwrite")
+    (tmp_path / "b").mkdir()
+    assert spf_kit(*again).code == 0
+    assert spf_kit(*again).code == 0
+    (tmp_path / "b" / "novel.txt").write_text("hello")
+    refused = spf_kit(*again)
+    assert refused.code == 2
+    assert "'b' is no folder of peft but holds 'novel.txt', which would be lost" in refused.err
+    assert (tmp_path / "b" / "novel.txt").read_text() == "hello"
+    assert "where you are" in spf_kit(command, "a", *arguments, "--output", ".", "--overwrite").err
+
+
 def test_a_loha_goes_through_pefts_format(tmp_path: Path) -> None:
     source = files.write(LoraFile({PROJ: loha()}), tmp_path / "a.safetensors", dtype="float32")
     assert convert(source, tmp_path / "peft", "peft")["ignored"] == 0

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -522,6 +523,33 @@ def test_layers_are_read_one_at_a_time(loras: dict[str, Path], single: Path, tmp
         merge.merge([(path, 0.5) for path in loras.values()], single, tmp_path / "out.safetensors")
     assert len(alive) > 100
     assert most <= 2
+
+
+def test_a_result_takes_no_other_files_place(
+    spf_kit: Callable[..., Any], folder: Path, single: Path, loras: dict[str, Path], tmp_path: Path
+) -> None:
+    """With --overwrite too. The checkpoint itself may be replaced, but then nothing is compared with it."""
+    lora, base = tmp_path / "a.safetensors", tmp_path / "base.safetensors"
+    lora.write_bytes(loras["plain"].read_bytes())
+    base.write_bytes(single.read_bytes())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "novel.txt").write_text("hello")
+    for into, out, words in (
+        (base, "a.safetensors", "is one of the LoRAs"),
+        (folder, "b", "is no diffusers folder but holds 'novel.txt'"),
+        (folder, ".", "where you are, or above it"),
+        (folder, "..", "where you are, or above it"),
+    ):
+        refused = spf_kit("merge", lora, "--into", into, "--output", out, "--overwrite")
+        assert refused.code == 2
+        assert words in refused.err
+    again = ("merge", lora, "--into", base, "--output", "base.safetensors", "--overwrite")
+    assert "--check compares with the checkpoint as it was" in spf_kit(*again, "--check").err
+    assert lora.read_bytes() == loras["plain"].read_bytes()
+    assert base.read_bytes() == single.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b", "base.safetensors"]
+    assert spf_kit(*again).code == 0
+    assert base.read_bytes() != single.read_bytes()
 
 
 # --- weights of LoRAs -------------------------------------------------------------------------------------

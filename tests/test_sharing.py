@@ -94,6 +94,17 @@ def test_own_prompts_licence_and_base(spf_kit: Callable[..., Any], run: Path, tm
         assert file.metadata()["modelspec.trigger_phrase"] == "wearing glasses"
 
 
+def test_a_run_is_not_replaced_by_what_is_shared(
+    spf_kit: Callable[..., Any], run: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(run, tmp_path / "run")
+    before = sorted(own.rglob("*"))
+    refused = spf_kit("share", own, "--count", "0", "--output", own, "--overwrite")
+    assert refused.code == 2
+    assert "is no folder that was shared but holds 'checkpoints', which would be lost" in refused.err
+    assert sorted(own.rglob("*")) == before
+
+
 HOSTILE = 'wearing <script>alert(1)</script> | "x": *y* [z](http://a) `q`\n# title\n---\n'
 
 

@@ -20,7 +20,6 @@ from spf_kit.adapters.tensors import parse_dtype
 from spf_kit.errors import UserError, nearest
 from spf_kit.families import ldm_keys
 from spf_kit.families.detect import shipped_config
-from spf_kit.files import refuse_existing
 
 _UNDOTTED = ("conv_in", "conv_out", "text_projection")  # modules that lie in no other
 FORMATS: tuple[Format, ...] = ("kohya", "diffusers", "peft")
@@ -51,8 +50,7 @@ def convert(
             Stable Diffusion model's, a value does not fit the type, or `output` exists without `overwrite`.
     """
     output, wanted = Path(output), _format(format)
-    files.check_name(output, wanted)
-    refuse_existing(output, overwrite)
+    files.check_output(output, wanted, overwrite)
     source = with_own_alphas(files.read(lora))
     _refuse_strangers(source)
     kept = parse_dtype(dtype or source.dtype)

@@ -18,9 +18,10 @@ from spf_kit.adapters.streaming import Change, Progress, rewrite
 from spf_kit.adapters.tensors import parse_dtype
 from spf_kit.adapters.weights import parse
 from spf_kit.errors import UserError
-from spf_kit.files import atomic, refuse_existing, scratch_folder
+from spf_kit.files import FolderSort, atomic, refuse_existing, refuse_other_folder, scratch_folder
 from spf_kit.headers import read_header
 
+MODEL_FOLDER = FolderSort("diffusers folder", ("model_index.json",))
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5"}
 
 
@@ -46,6 +47,8 @@ def run(
         return merge_loras(weighted, output, rank, dtype=dtype, overwrite=overwrite, progress=progress)
     if rank is not None:
         raise UserError("--rank belongs to a merge without --into: a checkpoint has no rank")
+    if check and output.exists() and Path(into).exists() and output.samefile(into):
+        raise UserError("--check compares with the checkpoint as it was: choose another --output")
     told = merge(weighted, into, output, dtype, overwrite=overwrite, progress=progress)
     if check:
         from spf_kit.adapters.check import check as compare
@@ -77,6 +80,7 @@ def merge(
     refuse_existing(output, overwrite)
     sources = open_sources(loras)
     target = open_target(into)
+    _check_output(output, sources, target)
     changes = plan(sources, target)
     if output.suffix == ".safetensors" and target.path.is_dir():
         return _merge_flattened(loras, into, target, output, dtype, overwrite, progress)
@@ -94,6 +98,15 @@ def merge(
         "dtype": str(kept).removeprefix("torch.") if kept else "as before",
         "sentence": f"{output}: {changed} of {total} tensors changed by {_list(sources)}",
     }
+
+
+def _check_output(output: Path, sources: Sequence[Source], target: Target) -> None:
+    """Raises UserError where the result would take the place of a LoRA, or of a folder of other things."""
+    for source in sources:
+        if output.exists() and output.samefile(source.lora.path):
+            raise UserError(f"the output {str(output)!r} is one of the LoRAs: choose another --output")
+    if target.path.is_dir() and output.suffix != ".safetensors":
+        refuse_other_folder(output, MODEL_FOLDER)
 
 
 # --- writing ----------------------------------------------------------------------------------------------

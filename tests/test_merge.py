@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -552,6 +553,21 @@ def test_a_result_takes_no_other_files_place(
     assert base.read_bytes() != single.read_bytes()
 
 
+@pytest.mark.parametrize("into", ["single", "folder"])
+def test_a_full_disk_is_told_before_anything_is_written(
+    request: pytest.FixtureRequest, loras: dict[str, Path], in_a_clean_place: Path, into: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By the name that the user gave, and the sizes."""
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 9e9, 1e6))  # type: ignore[attr-defined]
+    output = in_a_clean_place / "new" / ("out.safetensors" if into == "single" else "out")
+    words = rf"cannot write '{re.escape(str(output))}': the result needs \d+ MB, the disk has 1 MB left"
+    with pytest.raises(UserError, match=words):
+        merge.merge([(loras["plain"], 1.0)], request.getfixturevalue(into), output)
+
+
 # --- weights of LoRAs -------------------------------------------------------------------------------------
 
 
@@ -584,6 +600,8 @@ def test_weights_are_parsed(text: str, path: str, weights: dict[str, float]) -> 
         ("a.safetensors:1e999", "'1e999' is no weight"),
         ("a.safetensors:vae=1", "unknown component 'vae'"),
         ("a.safetensors:unet=x", "'x' is no weight"),
+        ("a.safetensors:unet=1,unet=2", "'unet=2' weighs the unet again"),
+        ("a.safetensors:te1=1,te=2", "'te=2' weighs the text encoder again"),
         (":0.8", "names no file"),
     ],
 )

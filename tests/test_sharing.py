@@ -85,6 +85,10 @@ def test_own_prompts_licence_and_base(spf_kit: Callable[..., Any], run: Path, tm
     data = ModelCard.load(tmp_path / "up/README.md").data.to_dict()
     assert (data["license"], data["base_model"]) == ("cc-by-4.0", "me/faces")
     assert [w["text"] for w in data["widget"]] == ["a man, wearing glasses"]
+    for wrong in ("faces", "C:\\bases\\a.safetensors", "https://huggingface.co/me/faces", "me/faces of mine"):
+        refused = spf_kit("share", run, "--count", "0", "--output", "other", "--base-id", wrong)
+        assert refused.code == 2
+        assert "is no model of the hub: give OWNER/NAME" in refused.err
     again = spf_kit("share", run, "--count", "0", "--output", "up")
     assert again.code == 2
     assert "--overwrite" in again.err

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from spf_kit.adapters.merge_plan import Source, Target, Weighted, open_sources, open_target, plan
-from spf_kit.adapters.streaming import Change, Progress, rewrite
+from spf_kit.adapters.streaming import Change, Progress, rewrite, room_for
 from spf_kit.adapters.tensors import parse_dtype
 from spf_kit.adapters.weights import parse
 from spf_kit.errors import UserError
@@ -84,19 +84,21 @@ def merge(
     changes = plan(sources, target)
     if output.suffix == ".safetensors" and target.path.is_dir():
         return _merge_flattened(loras, into, target, output, dtype, overwrite, progress)
+    _check_room(output, sum(room_for(header, kept) for header in target.headers.values()))
     total = sum(len(header.tensors) for path, header in target.headers.items() if changes[path] or kept)
     write = _merge_folder if target.path.is_dir() else _merge_file
     write(target, changes, sources, output, kept, _counter(progress, total))
     changed = sum(len(own) for own in changes.values())
+    tensors = sum(len(header.tensors) for header in target.headers.values())
     return {
         "output": str(output),
         "into": str(into),
         "family": target.family,
         "loras": [{"file": str(s.lora.path), "weight": str(s.weights)} for s in sources],
         "weights_changed": changed,
-        "tensors": total,
+        "tensors": tensors,
         "dtype": str(kept).removeprefix("torch.") if kept else "as before",
-        "sentence": f"{output}: {changed} of {total} tensors changed by {_list(sources)}",
+        "sentence": f"{output}: {changed} of {tensors} tensors changed by {_list(sources)}",
     }
 
 
@@ -107,6 +109,17 @@ def _check_output(output: Path, sources: Sequence[Source], target: Target) -> No
             raise UserError(f"the output {str(output)!r} is one of the LoRAs: choose another --output")
     if target.path.is_dir() and output.suffix != ".safetensors":
         refuse_other_folder(output, MODEL_FOLDER)
+
+
+def _check_room(output: Path, needed: int) -> None:
+    """A full disk is better told before gigabytes are written."""
+    place = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"cannot write {str(output)!r}: the result needs {needed / 1e6:,.0f} MB, the disk has "
+            f"{free / 1e6:,.0f} MB left: free some space or choose another place"
+        )
 
 
 # --- writing ----------------------------------------------------------------------------------------------

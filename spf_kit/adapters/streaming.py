@@ -7,7 +7,6 @@ core's cache once: read, widened, added to, rounded, written.
 from __future__ import annotations
 
 import math
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -72,10 +71,9 @@ def rewrite(
     Sums are in float32 and rounded once, to the tensor's own type unless `dtype` is given. What is neither
     changed nor converted keeps its bytes. As many threads as torch has work at once, each on another tensor.
 
-    Raises UserError if a result does not fit its type, a layer is damaged, or there is no room on the disk.
+    Raises UserError if a result does not fit its type or a layer is damaged.
     """
     described = {name: (_type_of(info, dtype), info.shape) for name, info in header.tensors.items()}
-    _check_room(header, described, target)
     head = encode_header(described, metadata)
     for name in changes:
         _check_computable(header, name)
@@ -274,12 +272,6 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
-def _check_room(header: Header, described: Mapping[str, tuple[str, tuple[int, ...]]], target: Path) -> None:
-    """A full disk is better told before gigabytes are written."""
-    needed = CHUNK + sum(_nbytes(*one) for one in described.values())
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise UserError(
-            f"cannot write {str(target.parent)!r}: the result needs {needed / 2**30:.1f} GB, the disk has "
-            f"{free / 2**30:.1f} GB left: free some space or choose another place"
-        )
+def room_for(header: Header, dtype: torch.dtype | None) -> int:
+    """Bytes of the file that `rewrite` makes, and some for its header."""
+    return CHUNK + sum(_nbytes(_type_of(info, dtype), info.shape) for info in header.tensors.values())

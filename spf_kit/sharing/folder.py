@@ -113,6 +113,14 @@ def check_output(output: Path, overwrite: bool) -> None:
     refuse_other_folder(output, SHARED)
 
 
+def check_base(base_id: str | None) -> None:
+    """Raises UserError for what is no id of a model: the hub refuses a card with another."""
+    from spf_kit.families.hub import is_hub_id
+
+    if base_id is not None and not is_hub_id(base_id):
+        raise UserError(f"--base-id {base_id!r} is no model of the hub: give OWNER/NAME")
+
+
 def share(
     run: Run,
     family: Any,

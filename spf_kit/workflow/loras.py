@@ -173,6 +173,7 @@ def share(
 
     made = output or run / "share"
     sharing.check_output(made, overwrite)
+    sharing.check_base(base_id)
     if thumbnail == sharing.FIRST and not (prompts or count):
         raise UserError("--thumbnail first needs a picture: give --count 1 or --prompt, or name a file")
     finished = sharing.Run.read(run)

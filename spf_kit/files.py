@@ -10,8 +10,9 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from spf_kit.errors import UserError
 
@@ -89,6 +90,33 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
     """Raises UserError if `path` is there and may not be replaced."""
     if not overwrite and os.path.lexists(path):
         raise UserError(f"the output {str(path)!r} exists: choose another --output or add --overwrite")
+
+
+class FolderSort(NamedTuple):
+    """What tells an output folder of one sort from others, by the names in it."""
+
+    what: str
+    marks: tuple[str, ...]  # patterns, each of which must be found
+    known: tuple[str, ...] = ("*",)  # patterns of all names that it may hold
+
+
+def refuse_other_folder(path: str | Path, sort: FolderSort) -> None:
+    """An output folder replaces the one that is there with all that is in it, whatever was asked.
+
+    Raises UserError unless that is empty or of the same sort, or if it is or holds the working directory.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise UserError(f"the output {str(path)!r} is where you are, or above it: choose another --output")
+    names = sorted(entry.name for entry in path.iterdir())
+    other = [name for name in names if not any(fnmatchcase(name, known) for known in sort.known)]
+    if other or (names and not all(any(path.glob(mark)) for mark in sort.marks)):
+        raise UserError(
+            f"the output {str(path)!r} is no {sort.what} but holds {(other or names)[0]!r}, which would be "
+            "lost: choose another --output"
+        )
 
 
 def _write_error(error: BaseException, path: Path, temporary: Path) -> str:

@@ -201,12 +201,15 @@ def _what_instead(path: Path, size: int, length: int) -> str:
     return f"{str(path)!r} is not a .safetensors file"
 
 
-def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def encode_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], *, always: bool = False
+) -> bytes:
     """The bytes before the data: length and JSON. Tensors, (dtype, shape) by name, lie in the given order.
 
+    Without metadata there is no table for them, unless `always`, as safetensors writes an empty one given.
     Padded with spaces to a multiple of 8, as safetensors does, so that the data is aligned for mapping.
     """
-    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata or always else {}
     position = 0
     for name, (dtype, shape) in tensors.items():
         end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8

@@ -298,6 +298,51 @@ def test_sdxls_names_of_sai_and_diffusers_loader(
     torch.testing.assert_close(found, output(fresh), rtol=1e-3, atol=1e-4)
 
 
+OUTSIDE = [
+    "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "add_embedding.linear_1",
+    "add_embedding.linear_2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_diffusers_takes_what_others_trained_outside_the_blocks(
+    tiny_sdxl: Path, tmp_path: Path, format: str
+) -> None:
+    """Of a file that spells them as diffusers' names without dots: add_embedding is not read so."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        tiny_sdxl, tokenizer=clip_tokenizer(), tokenizer_2=clip_tokenizer("!"), add_watermarker=False
+    )
+    modules = dict(pipeline.unet.named_modules())
+    wanted = [*OUTSIDE, next(name for name in modules if name.endswith("attn2.to_k"))]
+    attention = [f"text_model.encoder.layers.1.self_attn.{part}_proj" for part in ("q", "k", "v", "out")]
+    own = {f"lora_unet_{name.replace('.', '_')}": modules[name] for name in wanted}
+    own |= {
+        f"lora_te2_{name.replace('.', '_')}": pipeline.text_encoder_2.get_submodule(name)
+        for name in attention
+    }
+    tensors = {}
+    for name, module in own.items():
+        (o, i, *kernel), tail = module.weight.shape, [1] * (module.weight.dim() - 2)
+        tensors |= {
+            f"{name}.lora_down.weight": torch.ones(2, i, *kernel),
+            f"{name}.lora_up.weight": torch.ones(o, 2, *tail), f"{name}.alpha": torch.tensor(1.0),
+        }  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    told = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", format)
+    assert (told["ignored"], told["outside_blocks"]) == (0, 6 if format == "kohya" else 0)
+    assert ("leave out 6 outside the UNet's blocks" in told["sentence"]) == (format == "kohya")
+    pipeline.load_lora_weights(str(tmp_path), weight_name="b.safetensors", adapter_name="x")
+    taken = {
+        name.removesuffix(".lora_A.x")
+        for part in (pipeline.unet, pipeline.text_encoder_2)
+        for name, _ in part.named_modules()
+        if name.endswith(".lora_A.x")
+    }
+    assert taken == {*wanted, *attention}
+
+
 # --- refusals ---------------------------------------------------------------------------------------------
 
 
@@ -348,6 +393,25 @@ def test_a_name_that_loaders_would_not_take_is_refused(tmp_path: Path, format: s
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("command", ["convert", "resize"])
+def test_a_folder_of_other_things_stays(
+    lora: LoraFile, spf_kit: Callable[..., Any], tmp_path: Path, command: str
+) -> None:
+    """With --overwrite too, which takes the whole folder's place."""
+    files.write(lora, tmp_path / "a", "peft", "float16")
+    arguments = ["--format", "peft"] if command == "convert" else ["--rank", "2"]
+    again = (command, "a", *arguments, "--output", "b", "--overwrite")
+    (tmp_path / "b").mkdir()
+    assert spf_kit(*again).code == 0
+    assert spf_kit(*again).code == 0
+    (tmp_path / "b" / "novel.txt").write_text("hello")
+    refused = spf_kit(*again)
+    assert refused.code == 2
+    assert "'b' is no folder of peft but holds 'novel.txt', which would be lost" in refused.err
+    assert (tmp_path / "b" / "novel.txt").read_text() == "hello"
+    assert "where you are" in spf_kit(command, "a", *arguments, "--output", ".", "--overwrite").err
+
+
 def test_a_loha_goes_through_pefts_format(tmp_path: Path) -> None:
     source = files.write(LoraFile({PROJ: loha()}), tmp_path / "a.safetensors", dtype="float32")
     assert convert(source, tmp_path / "peft", "peft")["ignored"] == 0
@@ -357,7 +421,12 @@ def test_a_loha_goes_through_pefts_format(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["lora_unet_a_new_part_7_to_q", "lora_unet_down_blocks_9_attentions_0_proj_in", "lora_te_final_layer"],
+    [
+        "lora_unet_a_new_part_7_to_q",
+        "lora_unet_down_blocks_9_attentions_0_proj_in",
+        "lora_te_final_layer",
+        "lora_te_text_model_embeddings_token_embedding",
+    ],
 )
 def test_layers_that_no_loader_finds_are_refused(tmp_path: Path, module: str) -> None:
     pair = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from spf_kit.errors import UserError
-from spf_kit.files import atomic, content_hash, refuse_existing, sha256
+from spf_kit.files import FolderSort, atomic, content_hash, refuse_existing, refuse_other_folder, sha256
 from spf_kit.headers import MAX_HEADER, encode_header, read_header
 
 
@@ -153,6 +153,28 @@ def test_existing_outputs_are_refused(tmp_path: Path) -> None:
         refuse_existing(tmp_path / "a", overwrite=False)
     refuse_existing(tmp_path / "a", overwrite=True)
     refuse_existing(tmp_path / "b", overwrite=False)
+
+
+def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sort = FolderSort("box", ("lid",), ("lid", "*.toy"))
+    box = tmp_path / "box"
+    refuse_other_folder(box, sort)  # nothing is there yet
+    box.mkdir()
+    refuse_other_folder(box, sort)
+    (box / "a.toy").write_text("")
+    with pytest.raises(UserError, match=r"is no box but holds 'a\.toy', which would be lost"):
+        refuse_other_folder(box, sort)
+    (box / "lid").write_text("")
+    refuse_other_folder(box, sort)
+    (box / "novel.txt").write_text("")
+    with pytest.raises(UserError, match=r"holds 'novel\.txt'"):
+        refuse_other_folder(box, sort)
+    (box / "novel.txt").unlink()
+    (box / "in").mkdir()
+    monkeypatch.chdir(box / "in")
+    for name in (".", "..", str(box)):
+        with pytest.raises(UserError, match="is where you are, or above it"):
+            refuse_other_folder(name, sort)
 
 
 def test_hashes(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.inspect import inspect
 from spf_kit.adapters.layers import LohaLayer, LokrLayer, LoraLayer, OftLayer, Update
 from spf_kit.adapters.norms import norm
+from spf_kit.adapters.tensors import kohya_hashes
 
 DOWN, MID, UP = "down_blocks.0", "mid_block", "up_blocks.3"
 TEXT = "text_model.encoder.layers.2.self_attn.q_proj"
@@ -141,6 +142,18 @@ def test_hashes_are_those_of_the_bytes(large: Path) -> None:
         "sshs_model_hash": hashlib.sha256(data[start:]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(bare[0x100000:0x110000]).hexdigest()[:8],
     }
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"other": "x"}])
+def test_the_legacy_hash_without_training_metadata(
+    large: Path, tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    """kohya hands an empty table to safetensors, which writes it: all bytes behind lie elsewhere."""
+    tensors = safetensors.torch.load(large.read_bytes())
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    theirs = hashlib.sha256(safetensors.torch.save(tensors, {})[0x100000:0x110000]).hexdigest()[:8]
+    assert inspect(tmp_path / "a.safetensors")["hashes"]["sshs_legacy_hash"] == theirs
+    assert kohya_hashes(tensors, metadata or {})["sshs_legacy_hash"] == theirs
 
 
 def test_a_file_of_more_than_a_gigabyte_is_hashed_if_asked(

@@ -127,13 +127,14 @@ def test_rows_are_those_of_lycoris(name: str, monkeypatch: pytest.MonkeyPatch) -
     layer, weight = SAMPLES[name][0], weight_of(name)
     monkeypatch.setattr(rows, "BLOCK", 1)
     flat, scratch = weight.flatten(1), Scratch()
-    total, adder = flat.clone(), Adder(layer, tuple(weight.shape), list)
-    ranges = list(rows.row_ranges(tuple(weight.shape), [layer]))
+    total, shape = flat.clone(), tuple(weight.shape)
+    adders = [Adder([(layer, factor)], shape, list) for factor in (0.5, -0.2)]
+    ranges = list(rows.row_ranges(shape, [layer]))
     assert len(ranges) > 1
     for part in ranges:
         here = slice(part.start, part.stop)
-        for factor in (0.5, -0.2):
-            adder.add(total[here], flat[here], part.start, factor, scratch)
+        for adder in adders:
+            adder.add(total[here], flat[here], part.start, scratch)
     wanted = flat + 0.3 * theirs(layer, weight).flatten(1)
     torch.testing.assert_close(total, wanted, rtol=1e-4, atol=1e-5)
 
@@ -193,7 +194,8 @@ def test_kronecker_products_by_torch_in_float64(
     up, down = layer.factors()
     torch.testing.assert_close(up @ down, wanted)
     total = torch.zeros(a * c, b * d)
-    Adder(layer, tuple(total.shape), list).add(total, torch.zeros_like(total), 0, weight, Scratch())
+    adder = Adder([(layer, weight)], tuple(total.shape), list)
+    adder.add(total, torch.zeros_like(total), 0, Scratch())
     torch.testing.assert_close(total.double(), weight * wanted, rtol=1e-4, atol=1e-5)
 
 

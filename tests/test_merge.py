@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -524,6 +526,48 @@ def test_layers_are_read_one_at_a_time(loras: dict[str, Path], single: Path, tmp
     assert most <= 2
 
 
+def test_a_result_takes_no_other_files_place(
+    spf_kit: Callable[..., Any], folder: Path, single: Path, loras: dict[str, Path], tmp_path: Path
+) -> None:
+    """With --overwrite too. The checkpoint itself may be replaced, but then nothing is compared with it."""
+    lora, base = tmp_path / "a.safetensors", tmp_path / "base.safetensors"
+    lora.write_bytes(loras["plain"].read_bytes())
+    base.write_bytes(single.read_bytes())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "novel.txt").write_text("hello")
+    for into, out, words in (
+        (base, "a.safetensors", "is one of the LoRAs"),
+        (folder, "b", "is no diffusers folder but holds 'novel.txt'"),
+        (folder, ".", "where you are, or above it"),
+        (folder, "..", "where you are, or above it"),
+    ):
+        refused = spf_kit("merge", lora, "--into", into, "--output", out, "--overwrite")
+        assert refused.code == 2
+        assert words in refused.err
+    again = ("merge", lora, "--into", base, "--output", "base.safetensors", "--overwrite")
+    assert "--check compares with the checkpoint as it was" in spf_kit(*again, "--check").err
+    assert lora.read_bytes() == loras["plain"].read_bytes()
+    assert base.read_bytes() == single.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b", "base.safetensors"]
+    assert spf_kit(*again).code == 0
+    assert base.read_bytes() != single.read_bytes()
+
+
+@pytest.mark.parametrize("into", ["single", "folder"])
+def test_a_full_disk_is_told_before_anything_is_written(
+    request: pytest.FixtureRequest, loras: dict[str, Path], in_a_clean_place: Path, into: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By the name that the user gave, and the sizes."""
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 9e9, 1e6))  # type: ignore[attr-defined]
+    output = in_a_clean_place / "new" / ("out.safetensors" if into == "single" else "out")
+    words = rf"cannot write '{re.escape(str(output))}': the result needs \d+ MB, the disk has 1 MB left"
+    with pytest.raises(UserError, match=words):
+        merge.merge([(loras["plain"], 1.0)], request.getfixturevalue(into), output)
+
+
 # --- weights of LoRAs -------------------------------------------------------------------------------------
 
 
@@ -556,6 +600,8 @@ def test_weights_are_parsed(text: str, path: str, weights: dict[str, float]) -> 
         ("a.safetensors:1e999", "'1e999' is no weight"),
         ("a.safetensors:vae=1", "unknown component 'vae'"),
         ("a.safetensors:unet=x", "'x' is no weight"),
+        ("a.safetensors:unet=1,unet=2", "'unet=2' weighs the unet again"),
+        ("a.safetensors:te1=1,te=2", "'te=2' weighs the text encoder again"),
         (":0.8", "names no file"),
     ],
 )

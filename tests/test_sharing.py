@@ -85,6 +85,10 @@ def test_own_prompts_licence_and_base(spf_kit: Callable[..., Any], run: Path, tm
     data = ModelCard.load(tmp_path / "up/README.md").data.to_dict()
     assert (data["license"], data["base_model"]) == ("cc-by-4.0", "me/faces")
     assert [w["text"] for w in data["widget"]] == ["a man, wearing glasses"]
+    for wrong in ("faces", "C:\\bases\\a.safetensors", "https://huggingface.co/me/faces", "me/faces of mine"):
+        refused = spf_kit("share", run, "--count", "0", "--output", "other", "--base-id", wrong)
+        assert refused.code == 2
+        assert "is no model of the hub: give OWNER/NAME" in refused.err
     again = spf_kit("share", run, "--count", "0", "--output", "up")
     assert again.code == 2
     assert "--overwrite" in again.err
@@ -92,6 +96,17 @@ def test_own_prompts_licence_and_base(spf_kit: Callable[..., Any], run: Path, tm
     assert not (tmp_path / "up/images").exists()
     with safe_open(tmp_path / "up/glasses.safetensors", "pt") as file:
         assert file.metadata()["modelspec.trigger_phrase"] == "wearing glasses"
+
+
+def test_a_run_is_not_replaced_by_what_is_shared(
+    spf_kit: Callable[..., Any], run: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(run, tmp_path / "run")
+    before = sorted(own.rglob("*"))
+    refused = spf_kit("share", own, "--count", "0", "--output", own, "--overwrite")
+    assert refused.code == 2
+    assert "is no folder that was shared but holds 'checkpoints', which would be lost" in refused.err
+    assert sorted(own.rglob("*")) == before
 
 
 HOSTILE = 'wearing <script>alert(1)</script> | "x": *y* [z](http://a) `q`\n# title\n---\n'

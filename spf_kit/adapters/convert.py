@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spf_kit.adapters import files, formats, sai_names
+from spf_kit.adapters import files, formats, keys, sai_names
 from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.guess import FAMILIES, family_name, guess_family
 from spf_kit.adapters.index import LayerKey, index
@@ -20,7 +20,6 @@ from spf_kit.adapters.tensors import parse_dtype
 from spf_kit.errors import UserError, nearest
 from spf_kit.families import ldm_keys
 from spf_kit.families.detect import shipped_config
-from spf_kit.files import refuse_existing
 
 _UNDOTTED = ("conv_in", "conv_out", "text_projection")  # modules that lie in no other
 FORMATS: tuple[Format, ...] = ("kohya", "diffusers", "peft")
@@ -41,8 +40,9 @@ def convert(
         dtype: of the tensors; None keeps the file's.
 
     Returns:
-        JSON-able: `ignored` is how many keys of the result a loader would leave out, always 0; `rounding` the
-        largest relative change (Frobenius) of a tensor, 0 where every bit was kept, beside the file or, where
+        JSON-able: `ignored` is how many layers of the result every loader would leave out, always 0;
+        `outside_blocks` how many kohya's own scripts would, of a file of their format; `rounding` the largest
+        relative change (Frobenius) of a tensor, 0 where every bit was kept, beside the file or, where
         that notes the alphas that it was written from, beside those tensors.
 
     Raises:
@@ -50,16 +50,16 @@ def convert(
             Stable Diffusion model's, a value does not fit the type, or `output` exists without `overwrite`.
     """
     output, wanted = Path(output), _format(format)
-    files.check_name(output, wanted)
-    refuse_existing(output, overwrite)
+    files.check_output(output, wanted, overwrite)
     source = with_own_alphas(files.read(lora))
     _refuse_strangers(source)
     kept = parse_dtype(dtype or source.dtype)
     files.write(source, output, wanted, kept)
     written = files.read(output)
     found = index(output)
-    keys = sum(len(layer.names) for layer in found.layers.values())
+    count = sum(len(layer.names) for layer in found.layers.values())
     changed = rounding(source.layers, written.layers, folded=wanted == "diffusers")
+    outside = sum(keys.is_outside(*key) for key in written.layers) if wanted == "kohya" else 0
     return {
         "lora": str(lora),
         "output": str(output),
@@ -67,12 +67,14 @@ def convert(
         "format": wanted,
         "kind": source.kind,
         "layers": len(written.layers),
-        "keys": keys,
+        "keys": count,
         "ignored": len(strangers(written)),
+        "outside_blocks": outside,
         "dtype": str(kept).removeprefix("torch."),
         "rounding": changed,
-        "sentence": f"{output}: {len(written.layers)} layers, {keys} keys, in the format {wanted}"
-        + (f", rounded by at most {changed:.1e}" if changed else ", every value kept"),
+        "sentence": f"{output}: {len(written.layers)} layers, {count} keys, in the format {wanted}"
+        + (f", rounded by at most {changed:.1e}" if changed else ", every value kept")
+        + (f"; kohya's own scripts leave out {outside} outside the UNet's blocks" if outside else ""),
     }
 
 
@@ -109,6 +111,8 @@ def strangers(lora: LoraFile) -> list[LayerKey]:
         flat = flatten(module)
         # kohya's own name, whose dots could not be told, or a word of another model
         unread = restore_dots(flat) != module or ("_" in flat and "." not in module and flat not in _UNDOTTED)
+        # a table of embeddings is no layer: loaders know pairs for matrices and convolutions alone
+        unread = unread or ".embeddings." in f".{module}"
         if unread or maps[component].to_ldm(f"{module}.weight") is None:
             found.append((component, module))
     return found

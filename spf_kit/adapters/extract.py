@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spf_kit import families
-from spf_kit.adapters import files, formats
+from spf_kit.adapters import files, formats, keys
 from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.guess import family_name
 from spf_kit.adapters.index import LayerKey
@@ -34,9 +34,6 @@ from spf_kit.headers import Header, read_header
 
 # matrices that no loader takes a LoRA for: tables, and the projection that lies the other way round in files
 _NO_LAYERS = ("embeddings.token_embedding", "embeddings.position_embedding", "text_projection")
-# of the UNet, outside the blocks: kohya's networks have no place for them, and diffusers refuses or misreads
-# a whole file of kohya's names that has one
-_OUTSIDE = ("conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
 # the LoRA's type by that of a weight; 8 bits are too few for it
 _OWN = {torch.float64: torch.float32, torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}
 
@@ -188,7 +185,7 @@ def _is_layer(component: str, name: str, dimensions: int) -> bool:
     """Whether every loader takes a LoRA for it: matrices and convolutions of the UNet's blocks and of the
     text encoders' layers."""
     is_weight = name.endswith(".weight") and dimensions in (2, 4) and component != "vae"
-    if component == "unet" and name.startswith(_OUTSIDE):
+    if keys.is_outside(component, name):
         return False
     return is_weight and not any(part in name for part in _NO_LAYERS)
 
@@ -199,7 +196,7 @@ def _sort(component: str, name: str) -> str:
         return "VAE tensors"
     if name.endswith(".bias"):
         return "biases"
-    if component == "unet" and name.startswith(_OUTSIDE):
+    if keys.is_outside(component, name):
         return "layers outside the UNet's blocks"
     return "embeddings and projections" if any(part in name for part in _NO_LAYERS) else "norms"
 

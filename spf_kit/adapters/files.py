@@ -13,15 +13,18 @@ from spf_kit.adapters import formats, peft_format
 from spf_kit.adapters.fit import check_family, fit
 from spf_kit.adapters.guess import guess_family
 from spf_kit.adapters.index import LayerKey, index
-from spf_kit.adapters.keys import Format, UNetNames
+from spf_kit.adapters.keys import COMPONENTS, Format, UNetNames
 from spf_kit.adapters.layers import LoraLayer, Update, load_layer
 from spf_kit.adapters.parts import kind_of
 from spf_kit.adapters.peft_config import DIFFUSERS_CONFIG_KEY, PEFT_CONFIG, PEFT_WEIGHTS
 from spf_kit.adapters.tensors import kohya_hashes, parse_dtype, write_tensors
 from spf_kit.errors import UserError
-from spf_kit.files import atomic
+from spf_kit.files import FolderSort, atomic, refuse_existing, refuse_other_folder
 
 OF_A_FORMAT = (DIFFUSERS_CONFIG_KEY, formats.ALPHAS)  # metadata that is about the tensors of one format
+PEFT_FOLDER = FolderSort(
+    "folder of peft", (f"**/{PEFT_CONFIG}",), (PEFT_CONFIG, PEFT_WEIGHTS, "README.md", *COMPONENTS)
+)
 
 __all__ = ["LoraFile", "LoraLayer", "check_family", "fit", "read", "write"]
 
@@ -111,6 +114,15 @@ def write(
     return path
 
 
+def check_output(path: Path, format: Format, overwrite: bool) -> None:
+    """Raises UserError for a name that loaders would not take for this format, for what exists without
+    `overwrite`, and for a folder of other things."""
+    check_name(path, format)
+    refuse_existing(path, overwrite)
+    if format == "peft":
+        refuse_other_folder(path, PEFT_FOLDER)
+
+
 def check_name(path: Path, format: Format) -> None:
     """Raises UserError for a name that loaders would not take for this format."""
     if format != "peft" and path.suffix != ".safetensors":
@@ -134,7 +146,10 @@ def _tensors(
 
 
 def _unet_names(lora: LoraFile) -> UNetNames:
-    """kohya's trainer has SDXL's UNet in SAI's names, all others in diffusers'."""
+    """kohya's trainer has SDXL's UNet in SAI's names, all others in diffusers'. A file keeps its own, but
+    where diffusers' loader knows a layer by SAI's alone."""
+    if any(component == "unet" and module.startswith("add_embedding.") for component, module in lora.layers):
+        return "sai"
     if lora.unet_names is not None:
         return lora.unet_names
     return "sai" if guess_family(lora.layers, lora.metadata) == "sdxl" else "diffusers"

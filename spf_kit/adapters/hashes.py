@@ -47,7 +47,7 @@ def legacy_hash(path: str | Path) -> str:
 def kohya_legacy_hash(header: Header) -> str:
     """`legacy_hash` of the file that has the same tensors and no metadata but the training's."""
     described = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
-    head = encode_header(described, training_only(header.metadata))
+    head = training_header(described, header.metadata)
     with open(header.path, "rb") as file:
         file.seek(header.data_start)
         return legacy_of([head, file.read(max(START + LENGTH - len(head), 0))])
@@ -64,9 +64,13 @@ def legacy_of(parts: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()[:8]
 
 
-def training_only(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata that kohya's hashes cover."""
-    return {key: value for key, value in sorted(metadata.items()) if key.startswith("ss_")}
+def training_header(
+    described: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """What stands before the tensors, (dtype, shape) by name, in the file that kohya's hashes cover: with the
+    `ss_` metadata alone, and an empty table where there are none."""
+    training = {key: value for key, value in sorted(metadata.items()) if key.startswith("ss_")}
+    return encode_header(described, training, always=True)
 
 
 def _digests(header: Header) -> tuple[str, str]:

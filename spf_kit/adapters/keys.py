@@ -178,6 +178,15 @@ def flatten(module: str) -> str:
     return module.replace(".", "_")
 
 
+OUTSIDE = ("conv_in", "conv_out", "time_embedding", "add_embedding")
+
+
+def is_outside(component: str, module: str) -> bool:
+    """Whether a layer lies outside the UNet's blocks, where kohya's own networks have none: its scripts leave
+    such layers out, older diffusers refuse a file of SAI's names that has one."""
+    return component == "unet" and module.partition(".")[0] in OUTSIDE
+
+
 _WIDE = re.compile(
     r"(?:resnets\.\d+\.conv[12]|samplers\.\d+\.conv|conv_in|conv_out|in_layers\.2|out_layers\.3|\.op)$"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -94,25 +95,29 @@ class LokrLayer(Update):
 
     def add_rows(self, total: Tensor, weight: Tensor, first: int, factor: float, scratch: Scratch) -> None:
         """Row a c + c' is row a of C times row c' of D: each run of rows of one a is an outer product."""
-        small, height, position = self.small(torch.float32), self._large_shape[0], 0
-        while position < len(total):
+        small, height, position, size = self._columns, self._large_shape[0], 0, total.shape[0]
+        while position < size:
             a, row = divmod(first + position, height)
-            count = min(height - row, len(total) - position)
+            count = min(height - row, size - position)
             large = self._large_rows(slice(row, row + count))
             part = total[position : position + count].view(count, small.shape[1], -1)
-            part.addcmul_(small[a][:, None], large[:, None], value=self.scale * factor)
+            part.addcmul_(small[a], large, value=self.scale * factor)
             position += count
 
+    @cached_property
+    def _columns(self) -> Tensor:
+        """C in float32, each of its rows a column (a, b, 1)."""
+        return self.small(torch.float32)[:, :, None]
+
     def _large_rows(self, here: slice) -> Tensor:
-        """Some rows of D, (n, d h w) in float32."""
+        """Some rows of D, (n, 1, d h w)."""
         if self.lokr_w2 is not None:
-            return self.lokr_w2[here].float().flatten(1)
+            return self.lokr_w2.flatten(1)[here, None]
         assert self.lokr_w2_a is not None
         assert self.lokr_w2_b is not None
-        a, b = self.lokr_w2_a.float(), self.lokr_w2_b.float()
         if self.lokr_t2 is not None:
-            return tucker(self.lokr_t2.float(), a[:, here], b).flatten(1)
-        return a[here] @ b.flatten(1)
+            return tucker(self.lokr_t2, self.lokr_w2_a[:, here], self.lokr_w2_b).flatten(1)[:, None]
+        return (self.lokr_w2_a[here] @ self.lokr_w2_b.flatten(1))[:, None]
 
     def live(self, weight: Tensor) -> Update:
         return self if self.dora_scale is None else whole(self.delta(weight))

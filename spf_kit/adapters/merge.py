@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from spf_kit.adapters.merge_plan import Source, Target, Weighted, open_sources, open_target, plan
-from spf_kit.adapters.streaming import Change, Progress, rewrite
+from spf_kit.adapters.streaming import Change, Progress, rewrite, room_for
 from spf_kit.adapters.tensors import parse_dtype
 from spf_kit.adapters.weights import parse
 from spf_kit.errors import UserError
-from spf_kit.files import atomic, refuse_existing, scratch_folder
+from spf_kit.files import FolderSort, atomic, refuse_existing, refuse_other_folder, scratch_folder
 from spf_kit.headers import read_header
 
+MODEL_FOLDER = FolderSort("diffusers folder", ("model_index.json",))
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5"}
 
 
@@ -46,6 +47,8 @@ def run(
         return merge_loras(weighted, output, rank, dtype=dtype, overwrite=overwrite, progress=progress)
     if rank is not None:
         raise UserError("--rank belongs to a merge without --into: a checkpoint has no rank")
+    if check and output.exists() and Path(into).exists() and output.samefile(into):
+        raise UserError("--check compares with the checkpoint as it was: choose another --output")
     told = merge(weighted, into, output, dtype, overwrite=overwrite, progress=progress)
     if check:
         from spf_kit.adapters.check import check as compare
@@ -77,23 +80,46 @@ def merge(
     refuse_existing(output, overwrite)
     sources = open_sources(loras)
     target = open_target(into)
+    _check_output(output, sources, target)
     changes = plan(sources, target)
     if output.suffix == ".safetensors" and target.path.is_dir():
         return _merge_flattened(loras, into, target, output, dtype, overwrite, progress)
+    _check_room(output, sum(room_for(header, kept) for header in target.headers.values()))
     total = sum(len(header.tensors) for path, header in target.headers.items() if changes[path] or kept)
     write = _merge_folder if target.path.is_dir() else _merge_file
     write(target, changes, sources, output, kept, _counter(progress, total))
     changed = sum(len(own) for own in changes.values())
+    tensors = sum(len(header.tensors) for header in target.headers.values())
     return {
         "output": str(output),
         "into": str(into),
         "family": target.family,
         "loras": [{"file": str(s.lora.path), "weight": str(s.weights)} for s in sources],
         "weights_changed": changed,
-        "tensors": total,
+        "tensors": tensors,
         "dtype": str(kept).removeprefix("torch.") if kept else "as before",
-        "sentence": f"{output}: {changed} of {total} tensors changed by {_list(sources)}",
+        "sentence": f"{output}: {changed} of {tensors} tensors changed by {_list(sources)}",
     }
+
+
+def _check_output(output: Path, sources: Sequence[Source], target: Target) -> None:
+    """Raises UserError where the result would take the place of a LoRA, or of a folder of other things."""
+    for source in sources:
+        if output.exists() and output.samefile(source.lora.path):
+            raise UserError(f"the output {str(output)!r} is one of the LoRAs: choose another --output")
+    if target.path.is_dir() and output.suffix != ".safetensors":
+        refuse_other_folder(output, MODEL_FOLDER)
+
+
+def _check_room(output: Path, needed: int) -> None:
+    """A full disk is better told before gigabytes are written."""
+    place = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"cannot write {str(output)!r}: the result needs {needed / 1e6:,.0f} MB, the disk has "
+            f"{free / 1e6:,.0f} MB left: free some space or choose another place"
+        )
 
 
 # --- writing ----------------------------------------------------------------------------------------------

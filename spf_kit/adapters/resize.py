@@ -59,7 +59,7 @@ def resize(
     refuse_existing(output, overwrite)
     source = files.read(lora)
     wanted = _format(source, output)
-    files.check_name(output, wanted)
+    files.check_output(output, wanted, overwrite)
     layers: dict[LayerKey, Update] = {}
     for number, (key, layer) in enumerate(source.layers.items(), start=1):
         layers[key] = _resized(source, key, layer, rank, keep)

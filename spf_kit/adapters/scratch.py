@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,11 +13,18 @@ class Scratch:
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
 
-    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """A contiguous tensor of no particular values, valid until the name is asked for again."""
-        size, key = math.prod(shape), (name, dtype)
-        held = self._held.get(key)
+        view = self._views.get((name, shape, dtype))
+        return self._view(name, shape, dtype) if view is None else view
+
+    def _view(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape)
+        held = self._held.get((name, dtype))
         if held is None or held.numel() < size:
-            held = self._held[key] = torch.empty(size, dtype=dtype)
-        return held[:size].view(*shape)
+            held = self._held[name, dtype] = torch.empty(size, dtype=dtype)
+            self._views.clear()  # which keep what was held
+        view = self._views[name, shape, dtype] = held[:size].view(shape)
+        return view

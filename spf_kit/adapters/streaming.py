@@ -7,7 +7,6 @@ core's cache once: read, widened, added to, rounded, written.
 from __future__ import annotations
 
 import math
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -72,10 +71,9 @@ def rewrite(
     Sums are in float32 and rounded once, to the tensor's own type unless `dtype` is given. What is neither
     changed nor converted keeps its bytes. As many threads as torch has work at once, each on another tensor.
 
-    Raises UserError if a result does not fit its type, a layer is damaged, or there is no room on the disk.
+    Raises UserError if a result does not fit its type or a layer is damaged.
     """
     described = {name: (_type_of(info, dtype), info.shape) for name, info in header.tensors.items()}
-    _check_room(header, described, target)
     head = encode_header(described, metadata)
     for name in changes:
         _check_computable(header, name)
@@ -148,131 +146,113 @@ class _Rewriter:
         self._own = _Own()
 
     def run(self, part: Part) -> None:
-        if not part.computed:
-            self._transfer.copy(part.start, part.target, part.size)
-            return
-        name = part.names[0]
-        weight = _Weight(self._header.tensors[name], self._transfer, self._own.scratch)
-        dtype = self._described[name][0]
-        target = _Target(
-            self._header.path, name, dtype, part.target, self._transfer, weight, self._own.scratch
-        )
-        layers = self._changes.get(name, ())
-        if sum(4 * change.layer.parameters for change in layers) <= self._held:
-            self._by_rows(weight, target, layers)
+        if part.computed:
+            self._compute(part)
+            size = _nbytes(*self._described[part.names[0]])
         else:
-            with self._whole:
-                self._by_layers(weight, target, layers)
+            self._transfer.copy(part.start, part.target, part.size)
+            size = part.size
+        self._transfer.settle(part.target, size)
 
-    def _by_rows(self, weight: _Weight, target: _Target, changes: Sequence[Change]) -> None:
+    def _compute(self, part: Part) -> None:
+        changes = self._changes.get(part.names[0], ())
+        needed = sum(4 * change.layer.parameters for change in changes)
+        for third in range(3) if any(change.third is not None for change in changes) else (None,):
+            rows = self._rows(part, third)
+            own = [change for change in changes if change.third == third]
+            if needed <= self._held:
+                self._all_layers(rows, own)
+            else:
+                with self._whole:
+                    self._one_by_one(rows, own)
+
+    def _rows(self, part: Part, third: int | None) -> _Rows:
+        name = part.names[0]
+        info, dtype = self._header.tensors[name], self._described[name][0]
+        shape, start, target = info.shape or (1,), info.start, part.target
+        if third is not None:
+            shape = (shape[0] // 3, *shape[1:])
+            start += third * _nbytes(info.dtype, shape)
+            target += third * _nbytes(dtype, shape)
+        place = f"{str(self._header.path)!r}: the weight {name!r}"
+        return _Rows(place, shape, info.dtype, dtype, start, target, self._transfer, self._own.scratch)
+
+    def _all_layers(self, rows: _Rows, changes: Sequence[Change]) -> None:
         """All layers in memory, one block of the weight after another."""
         layers = [load_layer(change.layer) for change in changes]
-        adders = [_Placed.of(layer, change, weight) for layer, change in zip(layers, changes)]
-        for rows in row_ranges(weight.shape, layers):
-            total = weight.read(rows)
-            before = total
-            if any(adder.reads_weight for adder in adders):
-                before = self._own.scratch("before", total.shape).copy_(total)
-            for adder in adders:
-                adder.add(total, before, rows, self._own.scratch)
-            target.write(total, rows)
+        adder = self._adder(rows, layers, changes)
+        for block in row_ranges(rows.shape, layers):
+            rows.write(adder.changed(rows.read(block), block.start, self._own.scratch), block)
 
-    def _by_layers(self, weight: _Weight, target: _Target, changes: Sequence[Change]) -> None:
+    def _one_by_one(self, rows: _Rows, changes: Sequence[Change]) -> None:
         """The weight in memory, one layer after another: for any number of LoRAs."""
-        whole = torch.empty(weight.shape[0], weight.columns)
-        for rows in row_ranges(weight.shape, []):
-            whole[rows.start : rows.stop] = weight.read(rows)
+        whole = torch.empty(rows.shape[0], rows.columns)
+        for block in row_ranges(rows.shape, []):
+            whole[block.start : block.stop] = rows.read(block)
         for change in changes:
-            self._add(whole, change, weight)
-        for rows in row_ranges(weight.shape, []):
-            target.write(whole[rows.start : rows.stop], rows)
+            self._add(whole, rows, change)
+        for block in row_ranges(rows.shape, []):
+            rows.write(whole[block.start : block.stop], block)
 
-    def _add(self, whole: Tensor, change: Change, weight: _Weight) -> None:
+    def _add(self, whole: Tensor, rows: _Rows, change: Change) -> None:
         """One layer to a weight that is in memory whole; the layer goes when this returns."""
-        layer = load_layer(change.layer)
-        adder = _Placed.of(layer, change, weight)
-        for rows in row_ranges(weight.shape, [layer]):
-            total = whole[rows.start : rows.stop]
-            adder.add(total, weight.read(rows) if adder.reads_weight else total, rows, self._own.scratch)
+        layers = [load_layer(change.layer)]
+        adder = self._adder(rows, layers, [change])
+        for block in row_ranges(rows.shape, layers):
+            total = whole[block.start : block.stop]
+            before = rows.read(block) if adder.reads_weight else total
+            adder.add(total, before, block.start, self._own.scratch)
 
-
-class _Weight:
-    """A tensor of the source, read by rows into float32."""
-
-    def __init__(self, info: TensorInfo, transfer: Transfer, scratch: Scratch) -> None:
-        self._info, self._transfer, self._scratch = info, transfer, scratch
-        self.shape = info.shape or (1,)
-        self.columns = math.prod(self.shape[1:])
-
-    def read(self, rows: range, name: str = "weight") -> Tensor:
-        """(n, k) float32, the scratch of that name."""
-        width = self.columns * DTYPES[self._info.dtype].itemsize
-        data = self._transfer.read(self._info.start + rows.start * width, len(rows) * width)
-        stored = data.view(DTYPES[self._info.dtype]).view(len(rows), self.columns)
-        return self._scratch(name, stored.shape).copy_(stored)
-
-
-class _Placed:
-    """An adder for a tensor's rows, or for those of one third of it."""
-
-    def __init__(self, adder: Adder, factor: float, first: int, last: int) -> None:
-        self._adder, self._factor, self._first, self._last = adder, factor, first, last
-        self.reads_weight = adder.reads_weight
-
-    @classmethod
-    def of(cls, layer: Update, change: Change, weight: _Weight) -> _Placed:
-        shape, first = weight.shape, 0
-        if change.third is not None:
-            shape = (shape[0] // 3, *shape[1:])
-            first = change.third * shape[0]
-        last = first + shape[0]
-
+    def _adder(self, rows: _Rows, layers: Sequence[Update], changes: Sequence[Change]) -> Adder:
         def blocks() -> Iterator[tuple[int, Tensor]]:
-            for rows in row_ranges(shape, [layer]):
-                yield rows.start, weight.read(range(first + rows.start, first + rows.stop))
+            for block in row_ranges(rows.shape, layers):
+                yield block.start, rows.read(block)
 
-        return cls(Adder(layer, shape, blocks), change.factor, first, last)
-
-    def add(self, total: Tensor, before: Tensor, rows: range, scratch: Scratch) -> None:
-        low, high = max(rows.start, self._first), min(rows.stop, self._last)
-        if low < high:
-            here = slice(low - rows.start, high - rows.start)
-            self._adder.add(total[here], before[here], low - self._first, self._factor, scratch)
+        factors = (change.factor for change in changes)
+        return Adder(list(zip(layers, factors, strict=True)), rows.shape, blocks)
 
 
-class _Target:
-    """Where a tensor's rows go, rounded to its type there."""
+@dataclass(frozen=True)
+class _Rows:
+    """A weight of the source and its place in the target, or a third of it: read and written by rows."""
 
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        dtype: str,
-        start: int,
-        transfer: Transfer,
-        source: _Weight,
-        scratch: Scratch,
-    ) -> None:
-        self._path, self._name, self._dtype = path, name, dtype
-        self._start, self._transfer, self._source, self._scratch = start, transfer, source, scratch
+    name: str  # for sentences
+    shape: tuple[int, ...]
+    before: str  # the types
+    after: str
+    start: int  # in the source
+    target: int
+    transfer: Transfer
+    scratch: Scratch
 
-    def write(self, total: Tensor, rows: range) -> None:
-        """Raises UserError if a value is too large for the type. `total` is (n, k) float32."""
-        dtype = DTYPES[self._dtype]
-        result, largest = self._scratch("result", total.shape, dtype).copy_(total), torch.finfo(dtype).max
-        low, high = torch.aminmax(total) if total.numel() else (0.0, 0.0)
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape[1:])
+
+    def read(self, block: range, name: str = "weight") -> Tensor:
+        """(n, k) float32, the scratch of that name."""
+        dtype, shape = DTYPES[self.before], (len(block), self.columns)
+        width = self.columns * dtype.itemsize
+        data = self.transfer.read(self.start + block.start * width, len(block) * width)
+        return self.scratch(name, shape).copy_(data.view(dtype).view(shape))
+
+    def write(self, total: Tensor, block: range) -> None:
+        """Round (n, k) float32 to the target's type. Raises UserError if a value is too large for it."""
+        dtype = DTYPES[self.after]
+        result, largest = self.scratch("result", total.shape, dtype).copy_(total), torch.finfo(dtype).max
+        low, high = (end.item() for end in torch.aminmax(total)) if total.numel() else (0.0, 0.0)
         # the comparisons are false for NaN; what is NaN or infinite in the base stays so
-        if not (-largest <= low and high <= largest) and self._overflows(total, result, rows):
+        if not (-largest <= low and high <= largest) and self._overflows(total, result, block):
             raise UserError(
-                f"{str(self._path)!r}: the weight {self._name!r} would become {total.abs().max():.4g}, too "
-                f"large for {self._dtype}: lower the LoRA's weight or give --dtype float32"
+                f"{self.name} would become {total.abs().max():.4g}, too large for {self.after}: lower the "
+                "LoRA's weight or give --dtype float32"
             )
-        self._transfer.write(self._start + rows.start * total.shape[1] * dtype.itemsize, result)
+        self.transfer.write(self.target + block.start * self.columns * dtype.itemsize, result)
 
-    def _overflows(self, total: Tensor, result: Tensor, rows: range) -> bool:
+    def _overflows(self, total: Tensor, result: Tensor, block: range) -> bool:
         if all_finite(result):
             return False
-        return all_finite(total) or all_finite(self._source.read(rows, "source"))
+        return all_finite(total) or all_finite(self.read(block, "source"))
 
 
 def _check_computable(header: Header, name: str) -> None:
@@ -292,12 +272,6 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
-def _check_room(header: Header, described: Mapping[str, tuple[str, tuple[int, ...]]], target: Path) -> None:
-    """A full disk is better told before gigabytes are written."""
-    needed = CHUNK + sum(_nbytes(*one) for one in described.values())
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise UserError(
-            f"cannot write {str(target.parent)!r}: the result needs {needed / 2**30:.1f} GB, the disk has "
-            f"{free / 2**30:.1f} GB left: free some space or choose another place"
-        )
+def room_for(header: Header, dtype: torch.dtype | None) -> int:
+    """Bytes of the file that `rewrite` makes, and some for its header."""
+    return CHUNK + sum(_nbytes(_type_of(info, dtype), info.shape) for info in header.tensors.values())

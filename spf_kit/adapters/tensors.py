@@ -99,8 +99,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    described = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return encode_header(described, metadata)
+    return encode_header(_described(tensors), metadata)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 # --- the hashes that sharing sites and loaders know a file by ---------------------------------------------
@@ -120,7 +123,7 @@ def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         model.update(part)
     return {
         "sshs_model_hash": model.hexdigest(),
-        "sshs_legacy_hash": hashes.legacy_of([header_bytes(tensors, hashes.training_only(metadata)), *data]),
+        "sshs_legacy_hash": hashes.legacy_of([hashes.training_header(_described(tensors), metadata), *data]),
         "modelspec.hash_sha256": f"0x{model.hexdigest()}",
     }
 

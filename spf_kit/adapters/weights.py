@@ -85,6 +85,8 @@ def _weights(text: str, spec: str) -> Weights:
                 f"{text!r}: unknown component {name.strip()!r}; there are {', '.join(_COMPONENTS)}"
             )
         for component in names:
+            if component in components:
+                raise UserError(f"{text!r}: {part.strip()!r} weighs the {component.replace('_', ' ')} again")
             components[component] = _number(text, value)
     return Weights(1.0, components)
 

@@ -16,12 +16,15 @@ from spf_kit.adapters import thumbnail as thumbnails
 from spf_kit.adapters.metadata import amend
 from spf_kit.adapters.weights import parse
 from spf_kit.errors import UserError
-from spf_kit.files import atomic, refuse_existing
+from spf_kit.files import FolderSort, atomic, refuse_existing, refuse_other_folder
 from spf_kit.sampling import GridSettings, Progress, SampleLora, sample_loras
 from spf_kit.sharing.card import LICENCES, Facts, Picture, card
 from spf_kit.training.run_folder import RunFolder
 
 PICTURES = "images"
+SHARED = FolderSort(
+    "folder that was shared", ("README.md", "*.safetensors"), ("README.md", "*.safetensors", PICTURES)
+)
 FIRST = "first"  # the first picture that is drawn, as the thumbnail
 
 
@@ -104,6 +107,20 @@ def _evaluation(file: Path) -> Mapping[str, Any] | None:
     return dict(json.loads(text))
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises UserError if `output` exists without `overwrite`, or is a folder of other things."""
+    refuse_existing(output, overwrite)
+    refuse_other_folder(output, SHARED)
+
+
+def check_base(base_id: str | None) -> None:
+    """Raises UserError for what is no id of a model: the hub refuses a card with another."""
+    from spf_kit.families.hub import is_hub_id
+
+    if base_id is not None and not is_hub_id(base_id):
+        raise UserError(f"--base-id {base_id!r} is no model of the hub: give OWNER/NAME")
+
+
 def share(
     run: Run,
     family: Any,
@@ -129,7 +146,7 @@ def share(
     Raises:
         UserError: `output` exists, there is nothing to draw, or something cannot be written.
     """
-    refuse_existing(output, overwrite)
+    check_output(output, overwrite)
     cases = [(text, number) for number, text in enumerate(prompts)] or run.cases(count)
     if count and not cases:
         raise UserError(

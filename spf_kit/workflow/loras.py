@@ -167,13 +167,13 @@ def share(
     load: LoadBase = load_base,
 ) -> None:
     """Write the folder that is shared, and upload it if asked."""
-    from spf_kit import sampling
     from spf_kit.adapters import files
     from spf_kit.adapters import thumbnail as thumbnails
     from spf_kit.sharing import folder as sharing
 
     made = output or run / "share"
-    sampling.refuse_existing(made, overwrite=overwrite)
+    sharing.check_output(made, overwrite)
+    sharing.check_base(base_id)
     if thumbnail == sharing.FIRST and not (prompts or count):
         raise UserError("--thumbnail first needs a picture: give --count 1 or --prompt, or name a file")
     finished = sharing.Run.read(run)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# Of a list whose entries come and go. gradio would refuse an entry that is chosen while another event takes
+# it away, with a message over the page; so whatever reads one looks whether it is there.
+OFFERED: dict[str, Any] = {"interactive": True, "allow_custom_value": True}
+
 # the handle of two pictures, as on a run's page; what is drawn anew later is within the same element
 _HANDLE = """
 element.addEventListener("input", (event) => {

@@ -9,10 +9,11 @@ import gradio as gr
 from spf_kit.errors import UserError
 from spf_kit.studio import processes, run_state
 from spf_kit.studio.answers import note, said, wrong
-from spf_kit.studio.pieces import own_tab
+from spf_kit.studio.pieces import OFFERED, own_tab
 from spf_kit.studio.state import Studio
 
 EVERY = 2.0  # seconds between looks
+CHOICE = "choice of a run"  # what sets it goes one after the other: the newest must be the last
 QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -23,14 +24,15 @@ class RunPanel:
         """Lay it out, where it is made."""
         self.studio = studio
         gr.Markdown("### Runs at work")
+        in_turn: dict[str, Any] = {"concurrency_id": CHOICE, **QUIETLY}
         with gr.Row():
-            self.run = gr.Dropdown([], label="Run", interactive=True, min_width=240)
+            self.run = gr.Dropdown([], label="Run", min_width=240, **OFFERED)
             self.stop = gr.Button("Stop and save", interactive=False)
             self.resume = gr.Button("Resume", interactive=False)
         self.state = note("State of the run")
         outputs = [self.state, self.stop, self.resume]
-        gr.on(None, self._open, None, [self.run], **QUIETLY).then(self._look, self.run, outputs, **QUIETLY)
-        own_tab().select(self._refresh, self.run, self.run, **QUIETLY)
+        gr.on(None, self._open, None, [self.run], **in_turn).then(self._look, self.run, outputs, **QUIETLY)
+        own_tab().select(self._refresh, self.run, self.run, **in_turn)
         timer = gr.Timer(EVERY)
         gr.on([timer.tick, self.run.input], self._look, self.run, outputs, **QUIETLY)
         self.stop.click(self._stop, self.run, outputs, **QUIETLY)
@@ -55,7 +57,7 @@ class RunPanel:
     def _refresh(self, name: str | None) -> Any:
         """The tab was opened: a terminal may have started runs."""
         names = self.names()
-        return gr.update(choices=names, value=name or next(iter(names), None))
+        return gr.update(choices=names) if name or not names else gr.update(choices=names, value=names[0])
 
     def _look(self, name: str | None) -> tuple[Any, ...]:
         if not name:

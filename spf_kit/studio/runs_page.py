@@ -11,7 +11,7 @@ from typing import Any
 from spf_kit.errors import UserError
 from spf_kit.studio import found, processes
 from spf_kit.studio.answers import note, said, wrong
-from spf_kit.studio.pieces import place
+from spf_kit.studio.pieces import OFFERED, place
 from spf_kit.studio.state import Studio
 
 EVERY = 2.0  # seconds between two looks at the disk
@@ -25,10 +25,10 @@ def build(studio: Studio) -> None:
 
     gr.Markdown("## Runs")
     with gr.Row():
-        run = gr.Dropdown([], label="Run", info="The newest stands first.", interactive=True, min_width=260)
+        run = gr.Dropdown([], label="Run", info="The newest stands first.", min_width=260, **OFFERED)
         others = gr.Dropdown(
-            [], label="Compare with", info="Other runs, beside this one.", multiselect=True, interactive=True,
-            min_width=260,
+            [], label="Compare with", info="Other runs, beside this one.", multiselect=True, min_width=260,
+            **OFFERED,
         )  # fmt: skip
     told = note("About these runs")
     head = place("Progress")
@@ -36,7 +36,7 @@ def build(studio: Studio) -> None:
     with gr.Column(visible=False) as explorer:
         gr.Markdown("### Previews and maps")
         with gr.Row():
-            prompt = gr.Dropdown([], label="Prompt and seed", interactive=True, min_width=260)
+            prompt = gr.Dropdown([], label="Prompt and seed", min_width=260, **OFFERED)
             step = gr.Slider(
                 0, 1, 0, step=1, label="Step of the preview", info="0 is the base model.", min_width=260,
                 buttons=[],
@@ -177,6 +177,10 @@ def _explore(
     found = [Previews.of(studio.run(name)) for name in picked]
     if not found or prompt is None:
         return gr.skip(), ""
+    keys = [key for _, key in found[0].prompts]
+    if not keys:
+        return gr.skip(), ""
+    prompt = prompt if prompt in keys else keys[0]
     maps = found[0].maps(prompt)
     chosen = chosen if chosen in maps else maps[0]
     return gr.update(choices=maps, value=chosen), pictures(found, picked, prompt, chosen, int(step))

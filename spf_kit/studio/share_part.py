@@ -11,7 +11,7 @@ from typing import Any
 from spf_kit.errors import UserError
 from spf_kit.studio import found
 from spf_kit.studio.answers import answering, note, said
-from spf_kit.studio.pieces import on_opening, place
+from spf_kit.studio.pieces import OFFERED, on_opening, place
 from spf_kit.studio.state import Studio
 
 OWN_BASE = ("the one that it was trained on", "")
@@ -23,7 +23,7 @@ def build(studio: Studio) -> None:
     import gradio as gr
 
     gr.Markdown("### Share")
-    run = gr.Dropdown([], label="Run to share", interactive=True)
+    run = gr.Dropdown([], label="Run to share", **OFFERED)
     prompts = gr.Textbox(
         "", lines=2, label="Prompts of its pictures", info="One a line; empty: the first evaluated ones."
     )

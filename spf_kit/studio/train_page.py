@@ -15,7 +15,7 @@ from spf_kit.studio.estimator import Estimator
 from spf_kit.studio.form import FIRST, Field, plain
 from spf_kit.studio.loss_form import Loss
 from spf_kit.studio.pieces import own_tab
-from spf_kit.studio.run_panel import RunPanel
+from spf_kit.studio.run_panel import CHOICE, RunPanel
 from spf_kit.studio.settings import Choice
 from spf_kit.studio.state import Studio
 from spf_kit.studio.train_form import HEAD, Checked, Form
@@ -174,7 +174,11 @@ class TrainPage:
         )
         own_tab().select(lambda: True, None, opened, **QUIETLY)
         started = self.start.click(
-            self._start, self._all, [self.said, self.panel.run], api_visibility="private"
+            self._start,
+            self._all,
+            [self.said, self.panel.run],
+            concurrency_id=CHOICE,
+            api_visibility="private",
         )
         self.panel.follow(started)
 

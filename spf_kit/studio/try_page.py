@@ -17,7 +17,7 @@ from spf_kit.studio import found, lora_rows
 from spf_kit.studio.answers import answering, note, said
 from spf_kit.studio.lora_rows import LoraRows
 from spf_kit.studio.page_script import focus_on
-from spf_kit.studio.pieces import on_opening, place, root
+from spf_kit.studio.pieces import OFFERED, on_opening, place, root
 from spf_kit.studio.state import Studio
 from spf_kit.studio.stopping import Stops
 
@@ -59,7 +59,7 @@ def build(studio: Studio) -> None:
                 stop = gr.Button("Stop drawing", interactive=False, elem_id="stop-drawing")
             told = note("Drawing")
         with gr.Column():
-            which = gr.Dropdown([], label="Picture", visible=False, interactive=True)
+            which = gr.Dropdown([], label="Picture", visible=False, **OFFERED)
             shown = place("Base beside LoRA")
             with gr.Group(visible=False) as saving:
                 folder = gr.Textbox(str(_default(studio)), label="Folder to save in")

@@ -15,6 +15,17 @@ from spf_kit.studio import processes
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+# what gradio says over the page, where nobody looked: errors stand where the user looks
+OVER_THE_PAGE = """
+window.overThePage = [];
+new MutationObserver(() => {
+  for (const one of document.querySelectorAll(".toast-body.error:not([data-seen])")) {
+    one.dataset.seen = "";
+    window.overThePage.push(one.innerText);
+  }
+}).observe(document, {subtree: true, childList: true});
+"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -52,13 +63,15 @@ def studio(browser: Browser, folder: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def open_page(browser: Browser, studio: Running) -> Iterator[Callable[..., Page]]:
-    """Opens pages of the studio, each as a person of its own would; errors of their scripts fail the test."""
+    """Opens pages of the studio, each as a person of its own would; errors of their scripts fail the test,
+    and so do those that gradio lays over a page."""
     contexts, errors = [], []
 
     def open_(tab: str | None = None, size: tuple[int, int] = WIDE) -> Page:
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, reduced_motion="reduce")
         contexts.append(context)
         context.set_default_timeout(1000 * PATIENCE)
+        context.add_init_script(OVER_THE_PAGE)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(studio.url)
@@ -69,6 +82,8 @@ def open_page(browser: Browser, studio: Running) -> Iterator[Callable[..., Page]
 
     yield open_
     for context in contexts:
+        for page in context.pages:
+            errors += page.evaluate("window.overThePage ?? []")
         context.close()
     assert not errors
 

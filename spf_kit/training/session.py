@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch.optim import Optimizer
 
-from spf_kit import families, launch
+from spf_kit import families, heap, launch
 from spf_kit.adapters.earlier import Earlier
 from spf_kit.adapters.inject import AdapterHandle
 from spf_kit.data.dataset import Dataset
@@ -297,7 +297,7 @@ def _frozen(config: Config, family: Family, earlier: Earlier) -> dict[str, str]:
 
 def _load_unet(family: Family, report: Report) -> None:
     """Once all is encoded, with what the encoders took given back before."""
-    machine.return_freed()
+    heap.return_freed()
     report(0, 0, {"phase": "loading the UNet"})
     family.load_unet()
 

@@ -13,6 +13,8 @@ have random weights, and hold one model at a time: its memory format is changed 
     naive, contiguous     the same in the other memory format ("naive, channels_last" where that is the other)
     spf                   our step with the recipe spf in its second stage
     spf-paper             the same of spf-paper, response enhancement apart
+    naive, compiled       with --compiled: train.compile = "regional"; what the first step took is told apart
+    spf, compiled         the same
     diffusers             its example's loop: VAE and text encoder in each step, no channels_last
     diffusers, latents    the same on cached latents
 """
@@ -40,7 +42,7 @@ from common import write_checkpoint
 
 from spf_kit import config
 from spf_kit.embedded import data_path
-from spf_kit.training import session
+from spf_kit.training import compiled, session
 from spf_kit.training.run_folder import RunFolder
 from spf_kit.training.session import Session
 
@@ -108,6 +110,24 @@ def ours(s: Session, recipe: str, batch: int) -> Callable[[], None]:
         mine.updater.gradients()
         mine.updater.apply(number)
 
+    return step
+
+
+def compiled_ours(s: Session, recipe: str, batch: int) -> Callable[[], None]:
+    """The same with transformer blocks compiled. Compiles here, and says what that took."""
+    plain, plugins = ours(s, recipe, batch), config.load("glasses", recipe=recipe).plugins
+
+    def step() -> None:
+        compiled.put_on("regional", s.family, plugins)
+        try:
+            plain()
+        finally:
+            compiled.take_off(s.family)
+
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    step()
+    took = f"{cpu_seconds() - cpu:.1f} CPU s, {time.perf_counter() - wall:.1f} s"
+    print(f"the first compiled step of {recipe}: {took}", flush=True)
     return step
 
 
@@ -191,7 +211,14 @@ def in_format(unet: torch.nn.Module, channels_last: bool) -> None:
 
 
 def measured(
-    s: Session, batch: int, pixels: int, rounds: int, *, wanted: list[str] | None, script: Path | None
+    s: Session,
+    batch: int,
+    pixels: int,
+    rounds: int,
+    *,
+    wanted: list[str] | None,
+    script: Path | None,
+    with_compiled: bool,
 ) -> dict[str, Row]:
     """The wanted rows, in turn. Rows of one memory format follow each other, and one step after each change
     of it is not counted."""
@@ -204,6 +231,8 @@ def measured(
         "diffusers, latents": Row(diffusers_loop(s, batch, pixels, cached=True), False),
         "diffusers": Row(diffusers_loop(s, batch, pixels, cached=False), False),
     }
+    for name in ("naive", "spf") if with_compiled else ():
+        rows[f"{name}, compiled"] = Row(compiled_ours(s, name, batch), as_loaded)
     rows = {name: row for name, row in rows.items() if name in (wanted or rows)}
     theirs = Row(peer(script), False) if script else None
     for _ in range(rounds):
@@ -251,6 +280,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rows", nargs="+", help="of the table; default: all")
     parser.add_argument("--set", action="append", default=[], dest="sets", help="as of spf-kit train")
+    parser.add_argument("--compiled", action="store_true", help="with the rows of compiled steps")
     parser.add_argument("--peer", type=Path, help="a script to run, as it is, once a round")
     options = parser.parse_args()
     logging.disable(logging.INFO)
@@ -267,7 +297,10 @@ def main() -> None:
                 torch.set_num_threads(threads)
                 title = f"{options.model}, {dtype}, {pixels} pixels, batch {batch}, threads {threads}"
                 print(f"\n### {title}\n", flush=True)
-                rows = measured(s, batch, pixels, options.rounds, wanted=options.rows, script=options.peer)
+                rows = measured(
+                    s, batch, pixels, options.rounds,
+                    wanted=options.rows, script=options.peer, with_compiled=options.compiled,
+                )  # fmt: skip
                 for line in printed(rows):
                     print(line, flush=True)
             del s  # one model at a time

@@ -146,6 +146,9 @@ class Train(Section):
     warmup: int = Field(0, ge=0, description="steps")
     max_grad_norm: float = Field(1.0, ge=0, description="0 clips nothing")
     gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
+    compile: Literal["no", "regional", "whole"] = Field(
+        "no", description="torch.compile the UNet: each transformer block, or all at once; slow first steps"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="of the computation")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the update; saved instead"

@@ -56,6 +56,12 @@ REFUSED = {
         ["base.dtype=bfloat16", "train.mixed_precision=fp16"],
         'computes in float16, but base.dtype = "bfloat16"',
     ),
+    **{
+        f"{kind} compiled": (
+            [f"base.quantize={kind}", "train.compile=regional"], "keeps every widened weight",
+        )
+        for kind in ("fp8", "8bit", "nf4")
+    },
     "OFT on convolutions": (
         ["adapter.kind=oft", 'adapter.targets=["convolutions"]'],
         "OFT is trained on linear layers alone",

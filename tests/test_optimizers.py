@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from types import SimpleNamespace
@@ -228,6 +229,33 @@ def test_endless_overflow_ends_the_run() -> None:
         overflow(step)
     with pytest.raises(UserError, match="overflowed in 50 steps in a row"):
         overflow(MAX_SKIPPED)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "fp16"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_schedulefree", "prodigy"])
+def test_a_step_without_a_gradient_changes_nothing(name: str, scaled: bool) -> None:
+    """At first, before a scaler has seen any loss, and later, where it has a state."""
+    parameter = nn.Parameter(torch.ones(4))
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    update = updater([parameter], Train(optimizer=name, learning_rate=0.1, schedule="constant"), scaler)
+
+    def idle(step: int) -> None:
+        before = copy.deepcopy((update.state_dict(), parameter.data))
+        assert float(update.gradients()) == 0
+        assert update.apply(step)
+        after = update.state_dict(), parameter.data
+        assert str(after) == str(before)
+
+    idle(1)
+    update.backward(parameter.square().sum())
+    assert float(update.gradients()) == pytest.approx(4)
+    update.apply(2)
+    assert (parameter != 1).all()
+    idle(3)
+    update.backward(parameter.sum())
+    assert float(update.gradients()) == pytest.approx(2)
+    update.apply(4)
+    assert update.skipped == 0
 
 
 def test_ema_is_its_formula() -> None:

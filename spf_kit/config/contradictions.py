@@ -65,6 +65,7 @@ def check_sections(
         )
     _check_selection(config, origins, wrong, problems)
     _check_precision(config, origins, wrong, problems)
+    _check_compile(config, origins, wrong, problems)
     _check_kind(config, origins, wrong, problems)
     targets = config.adapter.targets
     if len(set(targets)) < len(targets):
@@ -87,6 +88,18 @@ def _check_precision(config: Config, origins: Origins, wrong: set[str], problems
             f"train.mixed_precision = {show(computed)}: computes in {types[computed]}, but base.dtype = "
             f"{show(held)} ({origins['base.dtype']}) holds the weights in the other half precision; take "
             f"base.dtype = {show(types[computed])} or 'float32'",
+        )
+
+
+def _check_compile(config: Config, origins: Origins, wrong: set[str], problems: Problems) -> None:
+    """Compiled code keeps what autograd's own functions let go of."""
+    how, kept = config.train.compile, config.base.quantize
+    if how != "no" and kept and not {"train.compile", "base.quantize"} & wrong:
+        problems.add(
+            origins["train.compile"],
+            f"train.compile = {show(how)}: compiled code keeps every widened weight until the backward pass, "
+            f"which takes back what base.quantize = {show(kept)} ({origins['base.quantize']}) saves; take "
+            "one of the two",
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spf_kit import heap
 from spf_kit.errors import UserError
 from spf_kit.families import quantized
 from spf_kit.families.sources import Source, read
@@ -40,6 +41,21 @@ def load_module(
         UserError: tensors are missing, unknown or of another shape than the config says; or weights cannot
             be quantised here.
     """
+    with heap.weights():
+        return _load(
+            source, component, dtype=dtype, device=device, quantize=quantize, channels_last=channels_last
+        )
+
+
+def _load(
+    source: Source,
+    component: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantize: str | None,
+    channels_last: bool | None,
+) -> nn.Module:
     module = _checked_module(source, component)
     wanted = module.state_dict()
     if channels_last is None:
@@ -99,7 +115,8 @@ def bare_module(
 
     Raises UserError if its config cannot be used, or weights cannot be quantised here.
     """
-    module = _checked_module(source, component)
+    with heap.weights():  # modules make room for a weight before it goes to the meta device
+        module = _checked_module(source, component)
     nn.Module.to(module, "meta", dtype)  # diffusers' own `to` warns of digits that get lost
     if channels_last:
         nn.Module.to(module, memory_format=torch.channels_last)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -57,14 +54,6 @@ def resting(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         module.to(device)
-
-
-def return_freed() -> None:
-    """Give the heap's freed memory back to the system, before what is loaded next needs room."""
-    gc.collect()
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Stop:

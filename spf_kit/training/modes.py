@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from spf_kit.training import compiled
+
 if TYPE_CHECKING:
     from spf_kit.families.base import Family
     from spf_kit.schema import Config
@@ -27,7 +29,9 @@ def training_mode(config: Config, family: Family) -> None:
 
 
 def evaluation_mode(config: Config, family: Family) -> None:
-    """The inverse: the family as it was loaded."""
+    """The inverse: the family as it was loaded, and not compiled."""
+    if config.train.compile != "no":
+        compiled.take_off(family)
     if config.train.gradient_checkpointing:
         family.unet.disable_gradient_checkpointing()
         for encoder in family.text_encoders().values() if trains_text(config) else ():

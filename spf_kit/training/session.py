@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch.optim import Optimizer
 
-from spf_kit import families, launch
+from spf_kit import families, heap, launch
 from spf_kit.adapters.earlier import Earlier
 from spf_kit.adapters.inject import AdapterHandle
 from spf_kit.data.dataset import Dataset
@@ -23,7 +23,7 @@ from spf_kit.data.split import Split
 from spf_kit.errors import UserError
 from spf_kit.losses import Mask, Plugin
 from spf_kit.schema import Config, Train
-from spf_kit.training import machine, modes, optimizers, parts, prior, stages, tools
+from spf_kit.training import compiled, machine, modes, optimizers, parts, prior, stages, tools
 from spf_kit.training.drift import Probe
 from spf_kit.training.logs import Report
 from spf_kit.training.preview import Preview
@@ -112,9 +112,11 @@ def accelerator(train: Train) -> Accelerator:
 
 
 def check_devices(train: Train) -> None:
-    """Raises UserError for what this machine has no device for: fp16, or more processes than GPUs."""
+    """Raises UserError for what this machine has no device for, fp16 or more processes than GPUs, and if
+    there is no compiler where one is asked for."""
     if train.mixed_precision == "fp16" and machine.device() == "cpu":
         raise UserError("train.mixed_precision = 'fp16' needs a GPU and there is none: use 'bf16' or 'no'")
+    compiled.check(train, machine.device())
     launch.check(torch.cuda.device_count())
 
 
@@ -185,6 +187,8 @@ def open_session(
         total, threads, report, earlier, frozen, Walks(family.noise), split,
     )  # fmt: skip
     opened.selection = _selection(opened)
+    if config.train.compile != "no":
+        compiled.put_on(config.train.compile, family, plugins)
     return opened
 
 
@@ -293,7 +297,7 @@ def _frozen(config: Config, family: Family, earlier: Earlier) -> dict[str, str]:
 
 def _load_unet(family: Family, report: Report) -> None:
     """Once all is encoded, with what the encoders took given back before."""
-    machine.return_freed()
+    heap.return_freed()
     report(0, 0, {"phase": "loading the UNet"})
     family.load_unet()
 

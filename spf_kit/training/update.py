@@ -52,9 +52,15 @@ class Updater:
         """Add up over processes, undo the loss scale, clip. Returns the norm before, still on the device."""
         if self.accelerator.num_processes > 1:
             self._add_up()
+        if not self._are_there():
+            return self.parameters[0].new_zeros(())
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+
+    def _are_there(self) -> bool:
+        """No batch of a step may have one, where no loss saw any of its samples."""
+        return any(p.grad is not None for p in self.parameters)
 
     def _add_up(self) -> None:
         """The gradient of the whole batch, of which each process has that of its share.
@@ -79,10 +85,13 @@ class Updater:
     def apply(self, number: int) -> dict[str, float]:
         """The update of step `number`. Returns the learning rates by component.
 
-        An fp16 gradient that overflowed changes nothing and lowers the scale.
+        Without any gradient nothing changes, here or in the optimizer's state. An fp16 gradient that
+        overflowed changes nothing and lowers the scale.
         Raises UserError if that goes on.
         """
         rates = self.schedule.apply(self.optimizer, number)
+        if not self._are_there():  # a scaler takes it for a mistake, and some optimizers would count it
+            return rates
         if self.scaler:
             before = self.scaler.get_scale()
             self.scaler.step(self.optimizer)

@@ -1,0 +1,48 @@
+"""Weights lie beside the C library's heap, whatever was freed before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from spf_kit import heap
+
+COUNT = """
+import ctypes
+import torch
+from spf_kit import heap
+
+library, names = ctypes.CDLL("libc.so.6"), "arena ordblks smblks hblks hblkhd a b c d e".split()
+Info = type("Info", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
+library.mallinfo2.restype = Info
+
+def own():  # blocks outside of the heap
+    return library.mallinfo2().hblks
+
+def added():
+    before = own()
+    kept = [torch.empty(2**20, dtype=torch.uint8) for _ in range(100)]
+    return own() - before
+
+for _ in range(2):
+    torch.empty(30 * 2**20, dtype=torch.uint8)  # freed at once: from here on, 1 MiB goes into the heap
+print(added())
+heap.return_freed()  # or the heap has room that it would use first
+with heap.weights():
+    print(added())
+print(added())
+"""
+
+
+@pytest.mark.skipif(
+    heap._glibc() is None or not hasattr(heap._glibc(), "mallinfo2"),
+    reason="another C library, or an old one",
+)
+def test_weights_lie_beside_the_heap() -> None:
+    """In a process of its own: the limits are the process's."""
+    done = subprocess.run([sys.executable, "-c", COUNT], check=True, capture_output=True, text=True)
+    before, meanwhile, after = map(int, done.stdout.split())
+    assert before == after == 0
+    assert meanwhile > 50, "but for what still fits into holes"

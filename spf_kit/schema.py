@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# of 1000 timesteps: samplers that space them by "leading" begin at up to two more than they have steps
+MAX_SAMPLER_STEPS = 998
+
 Precision = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["fp8", "8bit", "nf4"]
 TargetGroup = Literal["cross-attention", "self-attention", "feed-forward", "convolutions", "text-encoder"]
@@ -175,7 +178,7 @@ class Preview(Section):
     prompts: list[str] = Field([], description="c_base prompts; default: of the data, or the embedded ones")
     count: int = Field(4, ge=1, le=32, description="how many prompts are drawn")
     seed: int = Field(1000, ge=0, description="seed of the first picture")
-    steps: int = Field(25, ge=1, le=998, description="sampler steps")
+    steps: int = Field(25, ge=1, le=MAX_SAMPLER_STEPS, description="sampler steps")
     cfg: float = Field(5.0, ge=0, description="classifier-free guidance scale")
     phrases: bool = Field(False, description="under the masks, also the base's attention to each phrase")
 
@@ -187,7 +190,7 @@ class Evaluate(Section):
     prompts: list[str] = Field([], description="c_base prompts; default: the embedded ones, or the captions")
     count: int = Field(64, ge=1, description="prompts")
     seed: int = Field(5000, ge=0, description="seed of the first prompt's picture")
-    steps: int = Field(20, ge=1, le=998, description="sampler steps")
+    steps: int = Field(20, ge=1, le=MAX_SAMPLER_STEPS, description="sampler steps")
     cfg: float = Field(5.0, ge=0, description="classifier-free guidance scale")
     batch_size: int = Field(16, ge=1, description="pictures drawn at once")
 

@@ -39,7 +39,6 @@ from spf_kit.families.sd15 import SD15Family, target_modules
 from spf_kit.families.single_file import merge_targets, write_single_file
 from spf_kit.families.tokenizer import VOCABULARY, clip_tokenizer, pack, unpack
 from spf_kit.headers import encode_header, read_header
-from spf_kit.sampling.settings import MAX_STEPS
 
 torch.set_num_threads(1)
 
@@ -724,7 +723,7 @@ def test_schedulers_keep_the_models_noise(name: str, family: SD15Family) -> None
 @pytest.mark.parametrize("name", [name for name in samplers.SCHEDULERS if name != "lms"])
 def test_the_most_steps_end_within_the_models_timesteps(name: str, family: SD15Family) -> None:
     scheduler = family.pipeline(name).scheduler
-    scheduler.set_timesteps(MAX_STEPS)
+    scheduler.set_timesteps(schema.MAX_SAMPLER_STEPS)
     latents = torch.ones(1, 4, 2, 2)
     for timestep in scheduler.timesteps[:2]:  # the largest come first
         scheduler.scale_model_input(latents, timestep)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spf_kit.errors import UserError
+from spf_kit.schema import MAX_SAMPLER_STEPS
 
 MAX_SEED = 2**32 - 1  # what A1111 and ComfyUI accept
-MAX_STEPS = 998  # of 1000 timesteps: samplers that space them by "leading" begin at up to two more than steps
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,10 @@ class GridSettings:
             raise UserError(f"--count must be at least 1, not {self.count}")
         if self.steps < 1:
             raise UserError(f"--steps must be at least 1, not {self.steps}")
-        if self.steps > MAX_STEPS:
-            raise UserError(f"--steps must be at most {MAX_STEPS}, not {self.steps}: 20 to 50 are usual")
+        if self.steps > MAX_SAMPLER_STEPS:
+            raise UserError(
+                f"--steps must be at most {MAX_SAMPLER_STEPS}, not {self.steps}: 20 to 50 are usual"
+            )
         if not (math.isfinite(self.cfg) and self.cfg >= 0):
             raise UserError(f"--cfg must be a number of at least 0, not {self.cfg}")
         if not 0 <= self.seed <= MAX_SEED - self.count + 1:

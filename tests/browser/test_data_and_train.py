@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from driving import NARROW, PATIENCE, Running, go, nameless, open_folder, samples, shoot, write
 
+from spf_kit.studio.run_state import last_step
+
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page, Route
 
@@ -160,10 +162,14 @@ def test_a_run_is_started_stopped_and_resumed_and_refused_twice(page: Page, stud
     state.get_by_text(re.compile("glasses: stopped at step [0-9]+ of 3000. interrupted: ")).wait_for()
     start.click()
     told.get_by_text(re.compile("the run folder '.*glasses' exists")).wait_for()
+    run = studio.runs / "glasses"
+    reached = last_step(run)
+    assert list((run / "checkpoints").iterdir())
     page.get_by_role("button", name="Resume").click()
     state.get_by_text(re.compile("glasses: training, step [0-9]+ of 3000")).wait_for()
     page.get_by_role("button", name="Stop and save").click()
     state.get_by_text("glasses: stopped at step").wait_for()
+    assert last_step(run) >= reached
 
 
 def test_nothing_is_asked_of_other_machines(open_page: Callable[..., Page], studio: Running) -> None:

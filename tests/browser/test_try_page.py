@@ -153,19 +153,20 @@ def test_a_lora_outside_the_folders_and_one_that_is_none_are_refused(
     go(page, "Try")
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes((studio.runs / LORA).read_bytes())
-    (studio.folder / "broken.safetensors").write_bytes(b"no tensors")
+    linked, broken = studio.folder / "linked.safetensors", studio.folder / "broken.safetensors"
+    linked.symlink_to(outside)
+    broken.write_bytes(b"no tensors")
     for path, sentence in (
-        (outside, "is outside the studio's folders"),
-        (studio.folder / "linked.safetensors", "is outside the studio's folders"),
-        (studio.folder / "broken.safetensors", "broken.safetensors"),
+        (outside, f"'{outside}' is outside the studio's folders"),
+        (linked, f"'{linked}' is outside the studio's folders"),
+        (broken, str(broken)),
     ):
-        if path.name == "linked.safetensors":
-            path.symlink_to(outside)
         field = page.get_by_role("combobox", name="LoRA 1", exact=True)
         field.fill(str(path))
         field.press("Enter")
         draw(page)
         page.get_by_role("alert").get_by_text(sentence).wait_for()
+    assert region(page, "Base beside LoRA").inner_text() == ""
 
 
 def test_a_merge_is_checked_and_written(page: Page, studio: Running) -> None:

@@ -22,6 +22,7 @@ from spf_kit.studio.state import Studio
 from spf_kit.studio.stopping import Stops
 
 OWN_BASE = ("the one that the LoRA was trained on", "")
+QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 SIDE = 1024  # pixels of a picture on the page; saved ones keep their size
 Entry = dict[str, Any]  # file, prompt, strength, seed: as `spf-kit sample --json` tells them
 
@@ -67,6 +68,23 @@ def build(studio: Studio) -> None:
                 save = gr.Button("Save all pictures with their parameters")
                 kept = note("Saving")
     drawn = gr.State([])
+
+    def on_save(entries: list[Entry], where: str, replace: bool) -> tuple[str]:
+        return (_save(studio, entries, where, replace),)
+
+    on_opening(
+        lambda: (*rows.choices(studio), gr.update(choices=[OWN_BASE, *found.bases(studio)])),
+        [*rows.loras, base],
+    )
+    asked = [prompt, negative, base, seed, count, steps, cfg, scheduler, size, *rows.inputs]
+    _listen(studio, draw, stop, asked, [drawn, which, shown, saving, told])
+    which.input(lambda entries, one: _shown(entries, one), [drawn, which], shown, **QUIETLY)
+    save.click(answering(on_save, 1), [drawn, folder, overwrite], [kept], **QUIETLY)
+
+
+def _listen(studio: Studio, draw: Any, stop: Any, asked: list[Any], answers: list[Any]) -> None:
+    """Have the button `draw` draw what is `asked`, and `stop` end it; last of the `answers` is the note."""
+    told = answers[-1]
     stops = Stops()
 
     def on_begin(request: gr.Request) -> tuple[Any, ...]:
@@ -84,28 +102,18 @@ def build(studio: Studio) -> None:
         stops.end(request)
         return gr.update(interactive=True), gr.update(interactive=False)
 
-    def on_save(entries: list[Entry], where: str, replace: bool) -> tuple[str]:
-        return (_save(studio, entries, where, replace),)
-
-    quietly: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    on_opening(
-        lambda: (*rows.choices(studio), gr.update(choices=[OWN_BASE, *found.bases(studio)])),
-        [*rows.loras, base],
-    )
-    begun = draw.click(on_begin, None, [draw, stop, told], **quietly)
-    begun.then(None, js=focus_on("stop-drawing"), **quietly)
+    begun = draw.click(on_begin, None, [draw, stop, told], **QUIETLY)
+    begun.then(None, js=focus_on("stop-drawing"), **QUIETLY)
     begun.then(
         answering(on_draw, 5),
-        [prompt, negative, base, seed, count, steps, cfg, scheduler, size, *rows.inputs],
-        [drawn, which, shown, saving, told],
+        asked,
+        answers,
         concurrency_id="drawing",
         show_progress_on=[told],
         api_visibility="private",
-    ).then(on_end, None, [draw, stop], **quietly).then(None, js=focus_on("draw"), **quietly)
-    stop.click(on_stop, None, [stop, told], **quietly)
+    ).then(on_end, None, [draw, stop], **QUIETLY).then(None, js=focus_on("draw"), **QUIETLY)
+    stop.click(on_stop, None, [stop, told], **QUIETLY)
     root().unload(stops.stop)
-    which.input(lambda entries, one: _shown(entries, one), [drawn, which], shown, **quietly)
-    save.click(answering(on_save, 1), [drawn, folder, overwrite], [kept], **quietly)
 
 
 def _samplers() -> list[str]:

@@ -196,6 +196,12 @@ def test_sample_wants_a_prompt_and_sane_strengths(spf_kit, run: Path) -> None:
     refused(spf_kit("sample", run / "nothing.safetensors", "--prompt", "x"), "nothing.safetensors")
 
 
+def test_evaluate_wants_sane_settings(spf_kit, run: Path) -> None:
+    lora = run / "glasses.safetensors"
+    refused(spf_kit("evaluate", lora, "--steps", "1000"), "--steps 1000: must be at most 998")
+    refused(spf_kit("evaluate", lora, "--seed", "-1"), "--seed -1: must be at least 0")
+
+
 def test_merge_into_the_embedded_base_in_both_layouts(spf_kit, run: Path, tmp_path: Path) -> None:
     lora = run / "glasses.safetensors"
     folder = spf_kit("merge", f"{lora}:0.5", "--into", "embedded", "--output", "merged", "--check", "--json")

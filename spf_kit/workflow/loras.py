@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from spf_kit.errors import UserError
 from spf_kit.workflow.base import load_base
 
 if TYPE_CHECKING:
+    from spf_kit import schema
     from spf_kit.console import Console
     from spf_kit.families.base import Family
 
@@ -85,6 +86,20 @@ def merge(
 # --- evaluate -----------------------------------------------------------------------------------------------
 
 
+def _evaluation(given: Mapping[str, Any]) -> schema.Evaluate:
+    """The settings as options give them; raises UserError for what an evaluation does not take."""
+    from pydantic import ValidationError
+
+    from spf_kit import schema
+    from spf_kit.config.problems import expectation, show
+
+    try:
+        return schema.Evaluate(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{first['loc'][0]} {show(first['input'])}: {expectation(first)}") from None
+
+
 def evaluate(
     loras: Sequence[Path],
     *,
@@ -115,13 +130,14 @@ def evaluate(
     given = {key: value for key, value in settings.items() if value is not None}
     if prompts_file:
         given["prompts"] = sampling.read_prompts(prompts_file)
+    asked = _evaluation(given)
     metadata = next(iter(read.values())).metadata
     family = load_base(base, metadata=metadata, dtype=dtype, quantize=quantize, console=console)
     with console.bar("evaluating") as progress:
         evaluation = measuring.measure(
             family,
             {name: Path(name) for name in read},
-            schema.Evaluate(**given),
+            asked,
             schema.Attribute(name="evaluated", target=wanted),
             strength=strength,
             on=on,

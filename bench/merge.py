@@ -31,7 +31,7 @@ from spf_kit.families.sources import components_of
 from spf_kit.headers import encode_header
 
 Modules = dict[tuple[str, str], Shape]
-IDLE = "import spf_kit.adapters.merge, spf_kit.cli, spf_kit.workflow, rich.progress"
+IDLE = "import spf_kit.adapters.compute, spf_kit.adapters.merge, spf_kit.cli, spf_kit.workflow, rich.progress"
 KINDS, TOGETHER = ("lora", "locon", "dora", "loha", "lokr", "oft"), "together"
 BLOCK = 8 * 2**20  # random values that are written over and over
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +54,8 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script."""
+    # at its end Python looks through all objects for cycles, several times: a second and more with torch
+    atexit.register(gc.freeze)
     try:
         code = app(standalone_mode=False)
     except Exception as error:  # typer keeps its click, and click's exceptions, to itself

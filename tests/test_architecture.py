@@ -42,6 +42,8 @@ HEAVY = {
     "PIL",
 }
 LIGHT = (
+    "adapters/merge.py",  # which copies what it can before torch is there
+    "adapters/streaming.py",
     "cli.py",
     "cli_files.py",
     "cli_about.py",

@@ -506,7 +506,7 @@ def test_layers_are_read_one_at_a_time(loras: dict[str, Path], single: Path, tmp
     """Memory does not grow with the number of LoRAs: no more than one layer is alive at any time."""
     import weakref
 
-    from spf_kit.adapters import streaming
+    from spf_kit.adapters import compute
 
     alive: list[weakref.ref[LoraLayer]] = []
     most = 0
@@ -519,8 +519,8 @@ def test_layers_are_read_one_at_a_time(loras: dict[str, Path], single: Path, tmp
         return loaded
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "load_layer", counting)
-        patch.setattr(streaming, "HELD", 0)
+        patch.setattr(compute, "load_layer", counting)
+        patch.setattr(compute, "HELD", 0)
         merge.merge([(path, 0.5) for path in loras.values()], single, tmp_path / "out.safetensors")
     assert len(alive) > 100
     assert most <= 2

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spf_kit.adapters import files, rows, streaming, transfer
+from spf_kit.adapters import compute, files, rows, streaming, transfer
 from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.index import index
 from spf_kit.adapters.layers import LohaLayer, LokrLayer, LoraLayer, OftLayer, Update
@@ -109,9 +109,7 @@ def changes(place: Path, weighted: Weighted) -> dict[str, list[Change]]:
     return found
 
 
-def merged(
-    place: Path, weighted: Weighted, base: str = "F32", dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+def merged(place: Path, weighted: Weighted, base: str = "F32", dtype: str | None = None) -> dict[str, Tensor]:
     out = place / "out.safetensors"
     out.unlink(missing_ok=True)
     header = read_header(place / f"{base}.safetensors")
@@ -190,11 +188,11 @@ def test_the_order_does_not_matter(place: Path, mixture: Weighted, random: objec
 
 
 @few
-@given(mixtures, st.sampled_from(sorted(TYPES)), st.sampled_from([None, *TYPES.values()]))
-def test_sums_are_rounded_once(place: Path, mixture: Weighted, base: str, dtype: torch.dtype | None) -> None:
+@given(mixtures, st.sampled_from(sorted(TYPES)), st.sampled_from([None, *sorted(TYPES)]))
+def test_sums_are_rounded_once(place: Path, mixture: Weighted, base: str, dtype: str | None) -> None:
     """To the type of the file, or the wanted one: never more than half a unit of it from the sum."""
     found, wanted = merged(place, mixture, base, dtype), by_definition(place, mixture, base)
-    kept = dtype or TYPES[base]
+    kept = TYPES[dtype or base]
     for name in SHAPES:
         assert found[name].dtype == kept
         unit = torch.finfo(kept).eps * wanted[name].abs() + torch.finfo(kept).tiny
@@ -210,12 +208,12 @@ def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "BLOCK", 40)
 
 
-@pytest.mark.parametrize("held", [streaming.HELD, 0])
+@pytest.mark.parametrize("held", [compute.HELD, 0])
 def test_blocks_and_many_layers_change_nothing(
     place: Path, in_small_blocks: None, monkeypatch: pytest.MonkeyPatch, held: int
 ) -> None:
     """All layers at once with one block after another, and one layer after another."""
-    monkeypatch.setattr(streaming, "HELD", held)
+    monkeypatch.setattr(compute, "HELD", held)
     mixture = [(kind, 0.5) for kind in KINDS]
     close(merged(place, mixture), by_definition(place, mixture))
 
@@ -250,9 +248,9 @@ def test_what_is_untouched_keeps_its_bytes_and_its_place(
         out.unlink(missing_ok=True)
         names: list[str] = []
         rewrite(header, changed, out, metadata={"a": "b"}, progress=names.append)
-        assert names == list(header.tensors)
+        assert sorted(names) == sorted(header.tensors)
         there = read_header(out)
-        assert list(there.tensors) == names
+        assert list(there.tensors) == list(header.tensors)
         before, after = header.path.read_bytes(), out.read_bytes()
         for name, info in there.tensors.items():
             old = header.tensors[name]

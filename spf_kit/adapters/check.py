@@ -89,10 +89,11 @@ def _attached(family: Family, loras: Sequence[Weighted]) -> Iterator[None]:
 def _coarsest(model: str | Path) -> torch.dtype:
     """The type of the merged weights with the fewest digits."""
     from spf_kit.adapters.merge_plan import open_target
-    from spf_kit.adapters.tensors import DTYPES, is_floating
+    from spf_kit.adapters.tensors import DTYPES
+    from spf_kit.headers import FLOATING
 
     target = open_target(model)
     places = (place for own in target.places.values() for place in own.values())
     names = {target.headers[place.file].tensors[place.key].dtype for place in places}
-    types = {DTYPES[name] for name in names if is_floating(name)}
+    types = {DTYPES[name] for name in names if name in FLOATING}
     return max(types, key=lambda dtype: TOLERANCE.get(dtype, 0))

@@ -25,12 +25,12 @@ from spf_kit.adapters.layers import Update
 from spf_kit.adapters.low_rank import Share, cut_matrix, whole_residual
 from spf_kit.adapters.metadata import base_metadata
 from spf_kit.adapters.streaming import Progress
-from spf_kit.adapters.tensors import is_floating, parse_dtype, read_tensor
+from spf_kit.adapters.tensors import parse_dtype, read_tensor
 from spf_kit.errors import UserError
 from spf_kit.families.folder import FolderSource
 from spf_kit.families.sources import Place, Source, Weights, components_of
 from spf_kit.files import refuse_existing
-from spf_kit.headers import Header, read_header
+from spf_kit.headers import FLOATING, Header, read_header
 
 # matrices that no loader takes a LoRA for: tables, and the projection that lies the other way round in files
 _NO_LAYERS = ("embeddings.token_embedding", "embeddings.position_embedding", "text_projection")
@@ -243,7 +243,7 @@ class Reader:
     def tensor(self, place: Place) -> Tensor:
         """Raises UserError for types that are no numbers to compute with."""
         header, file = self._open(place.file)
-        if not is_floating(header.tensors[place.key].dtype):
+        if header.tensors[place.key].dtype not in FLOATING:
             raise UserError(
                 f"{str(place.file)!r} holds {place.key!r} quantised as {header.tensors[place.key].dtype}: "
                 "give the checkpoint that it was made from"

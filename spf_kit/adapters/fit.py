@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from torch import nn
-
 from spf_kit.adapters.guess import family_name, guess_family
 from spf_kit.adapters.index import LayerKey
 from spf_kit.adapters.keys import flatten
@@ -15,6 +13,8 @@ from spf_kit.adapters.parts import fits
 from spf_kit.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from spf_kit.families.base import Family
 
 
@@ -111,6 +111,7 @@ def _places(family: Family, component: str) -> dict[str, tuple[str, tuple[int, .
 def adaptable(root: nn.Module) -> dict[str, nn.Module]:
     """The matrices and 2-D convolutions of a model by name, adapters looked through."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
 
     found: dict[str, nn.Module] = {}
     wrapped: list[str] = []

@@ -9,19 +9,20 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from spf_kit.adapters.merge_plan import Source, Target, Weighted, open_sources, open_target, plan
 from spf_kit.adapters.streaming import Change, Progress, rewrite, room_for
-from spf_kit.adapters.tensors import parse_dtype
 from spf_kit.adapters.weights import parse
 from spf_kit.errors import UserError
 from spf_kit.files import FolderSort, atomic, refuse_existing, refuse_other_folder, scratch_folder
-from spf_kit.headers import read_header
+from spf_kit.headers import read_header, weight_type
+
+if TYPE_CHECKING:
+    import torch
 
 MODEL_FOLDER = FolderSort("diffusers folder", ("model_index.json",))
+LONG_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5"}
 
 
@@ -76,7 +77,7 @@ def merge(
     Raises:
         UserError: something is missing, damaged or of another family, or `output` exists without `overwrite`.
     """
-    output, kept = Path(output), parse_dtype(dtype) if dtype else None
+    output, kept = Path(output), weight_type(str(dtype)) if dtype else None
     refuse_existing(output, overwrite)
     sources = open_sources(loras)
     target = open_target(into)
@@ -97,7 +98,7 @@ def merge(
         "loras": [{"file": str(s.lora.path), "weight": str(s.weights)} for s in sources],
         "weights_changed": changed,
         "tensors": tensors,
-        "dtype": str(kept).removeprefix("torch.") if kept else "as before",
+        "dtype": LONG_NAMES[kept] if kept else "as before",
         "sentence": f"{output}: {changed} of {tensors} tensors changed by {_list(sources)}",
     }
 
@@ -152,7 +153,7 @@ def _merge_file(
     changes: Mapping[Path, Mapping[str, Sequence[Change]]],
     sources: Sequence[Source],
     output: Path,
-    dtype: torch.dtype | None,
+    dtype: str | None,
     progress: Callable[[str], None] | None,
 ) -> None:
     if output.suffix != ".safetensors":
@@ -168,7 +169,7 @@ def _merge_folder(
     changes: Mapping[Path, Mapping[str, Sequence[Change]]],
     sources: Sequence[Source],
     output: Path,
-    dtype: torch.dtype | None,
+    dtype: str | None,
     progress: Callable[[str], None] | None,
 ) -> None:
     """Copy the folder; weight files that change are written anew, and their stale pickles stay behind."""
@@ -196,9 +197,9 @@ def _merge_folder(
                 _state_dtype(temporary / folder.relative_to(target.path), dtype)
 
 
-def _state_dtype(folder: Path, dtype: torch.dtype) -> None:
+def _state_dtype(folder: Path, dtype: str) -> None:
     """The configs name the weights' type, by which transformers loads them; shard indices count the bytes."""
-    name = str(dtype).removeprefix("torch.")
+    name = LONG_NAMES[dtype]
     for file in folder.glob("*.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         before = dict(content)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spf_kit.adapters import hashes
 from spf_kit.errors import UserError
-from spf_kit.headers import DTYPE_BITS, Header, encode_header
+from spf_kit.headers import Header, encode_header, weight_type
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -35,17 +35,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 
     Raises UserError for other names.
     """
-    if isinstance(name, torch.dtype):
-        return name
-    known = {
-        "float32": torch.float32, "fp32": torch.float32, "f32": torch.float32, "float16": torch.float16,
-        "fp16": torch.float16, "f16": torch.float16, "half": torch.float16, "bfloat16": torch.bfloat16,
-        "bf16": torch.bfloat16,
-    }  # fmt: skip
-    found = known.get(name.removeprefix("torch.").lower())
-    if found is None:
-        raise UserError(f"the dtype {name!r} is unknown: choose float32, float16 or bfloat16")
-    return found
+    return name if isinstance(name, torch.dtype) else DTYPES[weight_type(name)]
 
 
 def read_tensor(header: Header, name: str, file: BinaryIO | None = None) -> Tensor:
@@ -126,8 +116,3 @@ def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         "sshs_legacy_hash": hashes.legacy_of([hashes.training_header(_described(tensors), metadata), *data]),
         "modelspec.hash_sha256": f"0x{model.hexdigest()}",
     }
-
-
-def is_floating(dtype: str) -> bool:
-    """Whether a type of a header can be computed with as a weight."""
-    return dtype in DTYPES and DTYPES[dtype].is_floating_point and DTYPE_BITS[dtype] >= 8

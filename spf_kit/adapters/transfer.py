@@ -6,14 +6,11 @@ import errno
 import os
 import threading
 from contextlib import suppress
+from mmap import mmap
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-import torch
-from torch import Tensor
-
-from spf_kit.adapters.tensors import tensor_bytes
 from spf_kit.errors import UserError
 from spf_kit.files import CHUNK
 
@@ -22,11 +19,15 @@ _NO_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBA
 
 
 class Transfer:
-    """From `source` to `target`, both of which exist. Each thread has its own handles and its own buffer."""
+    """From `source` to `target`, both of which exist. Each thread has its own handles and its own buffer.
+
+    One thread writes at a time: the system lets only one into a file, and the others would not sleep until
+    their turn but spin, on cores that have weights to compute.
+    """
 
     def __init__(self, source: Path, target: Path) -> None:
         self._paths = source, target
-        self._local = threading.local()
+        self._local, self._writing = threading.local(), threading.Lock()
         self._opened: list[BinaryIO] = []
         self._system_copies = hasattr(os, "copy_file_range")
 
@@ -39,37 +40,38 @@ class Transfer:
         for file in self._opened:
             file.close()
 
-    def read(self, start: int, size: int) -> Tensor:
-        """(size,) uint8 of the source: this thread's buffer, the same one at the next call."""
+    def read(self, start: int, size: int) -> memoryview:
+        """`size` bytes of the source: this thread's buffer, the same one at the next call."""
         source, _ = self._files()
         buffer = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < size:
-            buffer = self._local.buffer = torch.empty(size, dtype=torch.uint8)
-        part: Tensor = buffer[:size]
-        view = memoryview(part.numpy())
+            # pages of its own, not of the heap: their address suits every type
+            buffer = self._local.buffer = memoryview(mmap(-1, max(size, 1)))
+        part = buffer[:size]
         source.seek(start)
         position = 0
         while position < size:
-            count = source.readinto(view[position:])  # type: ignore[attr-defined]
+            count = source.readinto(part[position:])  # type: ignore[attr-defined]
             if not count:
                 raise self._shorter()
             position += count
         return part
 
-    def write(self, start: int, tensor: Tensor) -> None:
-        """The tensor's bytes to the target."""
+    def write(self, start: int, data: memoryview) -> None:
+        """Bytes to the target."""
         _, target = self._files()
         target.seek(start)
-        view = tensor_bytes(tensor)
-        while view:
-            view = view[target.write(view) :]
+        with self._writing:
+            while data:
+                data = data[target.write(data) :]
 
     def copy(self, start: int, to: int, size: int) -> None:
         """A range of the source to the target, without passing through this process where the system can."""
         source, target = self._files()
         while size and self._system_copies:
             try:
-                count = os.copy_file_range(source.fileno(), target.fileno(), size, start, to)
+                with self._writing:
+                    count = os.copy_file_range(source.fileno(), target.fileno(), size, start, to)
             except OSError as error:
                 if error.errno not in _NO_COPY:
                     raise

@@ -243,6 +243,7 @@ def test_what_is_untouched_keeps_its_bytes_and_its_place(
         monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
     monkeypatch.setattr(streaming, "COPIED", 100)  # bytes: in many pieces
     monkeypatch.setattr(transfer, "CHUNK", 30)
+    monkeypatch.setattr(transfer, "CACHED", 1000)
     header, out = read_header(place / "BF16.safetensors"), place / "copy.safetensors"
     for changed in ({}, {"conv": changes(place, [("lora", 1.0)])["conv"]}):
         out.unlink(missing_ok=True)

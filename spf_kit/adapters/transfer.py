@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import deque
 from contextlib import suppress
 from mmap import mmap
 from pathlib import Path
@@ -17,6 +18,8 @@ from spf_kit.files import CHUNK
 # the system cannot copy between these files itself
 _NO_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
+CACHED = 512 * 2**20  # bytes of the target that the system may still hold when it is told to forget them
+
 
 class Transfer:
     """From `source` to `target`, both of which exist. Each thread has its own handles and its own buffer.
@@ -27,7 +30,8 @@ class Transfer:
 
     def __init__(self, source: Path, target: Path) -> None:
         self._paths = source, target
-        self._local, self._writing = threading.local(), threading.Lock()
+        self._local, self._writing, self._settling = threading.local(), threading.Lock(), threading.Lock()
+        self._settled: deque[tuple[int, int]] = deque()
         self._opened: list[BinaryIO] = []
         self._system_copies = hasattr(os, "copy_file_range")
 
@@ -86,8 +90,17 @@ class Transfer:
             start, to, size = start + len(part), to + len(part), size - len(part)
 
     def settle(self, start: int, size: int) -> None:
-        """Have the system write a range of the target to the disk now, beside what comes next."""
-        if hasattr(os, "posix_fadvise"):
+        """Have the system write a range of the target to the disk now, beside what comes next, and forget
+        what it has written: the memory serves again, where other memory would have to be found first."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with self._settling:
+            self._settled.append((start, size))
+            ranges, held = [(start, size)], sum(size for _, size in self._settled)
+            while held > CACHED:
+                ranges.append(self._settled.popleft())
+                held -= ranges[-1][1]
+        for start, size in ranges:
             with suppress(OSError):  # a file system that takes no advice
                 # Linux begins to write what is not on the disk yet, and forgets what is
                 os.posix_fadvise(self._files()[1].fileno(), start, size, os.POSIX_FADV_DONTNEED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import multiprocessing
 import os
@@ -18,6 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from spf_kit.families.base import Family
 
+atexit.register(gc.freeze)  # as `spf-kit` ends
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
@@ -27,6 +30,13 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
+    """What the libraries made stays: without this, Python looks through it again and again for cycles."""
+    gc.collect()
+    gc.freeze()
 
 
 PRELOAD = [

@@ -29,7 +29,7 @@ DTYPE_BITS: Mapping[str, int] = {
     "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 
-# types of weights that can be computed with
+# floating numbers of a byte and more
 FLOATING = frozenset((
     "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
 ))  # fmt: skip
@@ -38,19 +38,23 @@ FLOATING = frozenset((
 NUMBERS: Mapping[str, str] = {"F16": "e", "F32": "f", "F64": "d", "I64": "q", "I32": "i", "BF16": "H"}
 
 
+# the types that models are saved in: torch's name, then what else users say
+_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "F32": ("float32", "fp32", "f32"), "F16": ("float16", "fp16", "f16", "half"),
+    "BF16": ("bfloat16", "bf16"),
+}  # fmt: skip
+LONG_NAMES: Mapping[str, str] = {name: spellings[0] for name, spellings in _SPELLINGS.items()}
+
+
 def weight_type(name: str) -> str:
     """What a header calls a type that models are saved in: "F16" for `"float16"`, `"fp16"` or `"half"`.
 
     Raises UserError for other names.
     """
-    known = {
-        "float32": "F32", "fp32": "F32", "f32": "F32", "float16": "F16", "fp16": "F16", "f16": "F16",
-        "half": "F16", "bfloat16": "BF16", "bf16": "BF16",
-    }  # fmt: skip
-    found = known.get(name.removeprefix("torch.").lower())
-    if found is None:
-        raise UserError(f"the dtype {name!r} is unknown: choose float32, float16 or bfloat16")
-    return found
+    for found, spellings in _SPELLINGS.items():
+        if name.removeprefix("torch.").lower() in spellings:
+            return found
+    raise UserError(f"the dtype {name!r} is unknown: choose float32, float16 or bfloat16")
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -566,6 +567,23 @@ def test_a_full_disk_is_told_before_anything_is_written(
     words = rf"cannot write '{re.escape(str(output))}': the result needs \d+ MB, the disk has 1 MB left"
     with pytest.raises(UserError, match=words):
         merge.merge([(loras["plain"], 1.0)], request.getfixturevalue(into), output)
+
+
+@pytest.mark.parametrize("where", ["copy", "write"])
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
+    single: Path, loras: dict[str, Path], in_a_clean_place: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the thread that copies or by one that computes; the others end, too."""
+    from spf_kit.adapters.transfer import Transfer
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Transfer, where, full)
+    output, written = in_a_clean_place / "out.safetensors", list[str]()
+    with pytest.raises(UserError, match=rf"cannot write '{re.escape(str(output))}'.*free some space"):
+        merge.merge([(loras["plain"], 1.0)], single, output, progress=lambda *told: written.append(told[2]))
+    assert len(written) < 32  # of 64 that change, as far as the others were meanwhile
 
 
 # --- weights of LoRAs -------------------------------------------------------------------------------------

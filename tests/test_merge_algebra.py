@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spf_kit import headers
 from spf_kit.adapters import compute, files, rows, streaming, transfer
 from spf_kit.adapters.files import LoraFile
 from spf_kit.adapters.index import index
 from spf_kit.adapters.layers import LohaLayer, LokrLayer, LoraLayer, OftLayer, Update
 from spf_kit.adapters.streaming import Change, rewrite
+from spf_kit.adapters.tensors import DTYPES
 from spf_kit.errors import UserError
 from spf_kit.headers import read_header
 
@@ -257,6 +259,10 @@ def test_what_is_untouched_keeps_its_bytes_and_its_place(
             old = header.tensors[name]
             same = before[old.start : old.end] == after[info.start : info.end]
             assert same == (name not in changed)
+
+
+def test_headers_and_torch_agree_on_what_is_a_floating_number() -> None:
+    assert {name for name, dtype in DTYPES.items() if dtype.is_floating_point} == headers.FLOATING
 
 
 def test_a_file_that_becomes_shorter_is_told(place: Path, tmp_path: Path) -> None:

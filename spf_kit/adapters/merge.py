@@ -16,13 +16,12 @@ from spf_kit.adapters.streaming import Change, Progress, rewrite, room_for
 from spf_kit.adapters.weights import parse
 from spf_kit.errors import UserError
 from spf_kit.files import FolderSort, atomic, refuse_existing, refuse_other_folder, scratch_folder
-from spf_kit.headers import read_header, weight_type
+from spf_kit.headers import LONG_NAMES, read_header, weight_type
 
 if TYPE_CHECKING:
     import torch
 
 MODEL_FOLDER = FolderSort("diffusers folder", ("model_index.json",))
-LONG_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5"}
 
 

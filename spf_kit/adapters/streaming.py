@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from spf_kit.adapters.index import IndexedLayer
+from spf_kit.adapters.index import FLOATS, IndexedLayer
 from spf_kit.adapters.transfer import Transfer
 from spf_kit.errors import UserError
 from spf_kit.files import CHUNK
@@ -32,7 +32,6 @@ class Change(NamedTuple):
 
 Progress = Callable[[int, int, str], None]  # done, total, text
 
-COMPUTABLE = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
 COPIED = 16 * 2**20  # bytes that are copied at a time: others may write in between
 
 
@@ -112,13 +111,15 @@ class Copied:
         self._pool.shutdown()
 
     def so_far(self) -> Iterator[str]:
-        """The names of tensors that were copied since the last time."""
+        """The names of tensors that were copied since the last time. Raises what stopped the copying."""
+        if self._running.done():
+            self._running.result()
         while self._written:
             yield self._written.popleft()
 
     def to_the_end(self) -> Iterator[str]:
-        """Wait for the others. Raises what stopped the copying."""
-        self._running.result()
+        """Wait for the others."""
+        wait([self._running])
         yield from self.so_far()
 
     def _run(self) -> None:
@@ -164,7 +165,7 @@ def _copies(start: int, target: int, size: int, names: Sequence[str]) -> Iterato
 
 def _check_computable(header: Header, name: str) -> None:
     dtype = header.tensors[name].dtype
-    if dtype not in COMPUTABLE:
+    if dtype not in FLOATS:
         raise UserError(
             f"{str(header.path)!r} holds {name!r} quantised as {dtype}: merge into the checkpoint that it "
             "was made from"

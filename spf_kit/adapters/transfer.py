@@ -31,7 +31,7 @@ class Transfer:
     def __init__(self, source: Path, target: Path) -> None:
         self._paths = source, target
         self._local, self._writing, self._settling = threading.local(), threading.Lock(), threading.Lock()
-        self._settled: deque[tuple[int, int]] = deque()
+        self._settled, self._cached = deque[tuple[int, int]](), 0
         self._opened: list[BinaryIO] = []
         self._system_copies = hasattr(os, "copy_file_range")
 
@@ -92,14 +92,15 @@ class Transfer:
     def settle(self, start: int, size: int) -> None:
         """Have the system write a range of the target to the disk now, beside what comes next, and forget
         what it has written: the memory serves again, where other memory would have to be found first."""
-        if not hasattr(os, "posix_fadvise"):
+        if not (size and hasattr(os, "posix_fadvise")):  # advice on no bytes is on all to the end
             return
+        ranges = [(start, size)]
         with self._settling:
             self._settled.append((start, size))
-            ranges, held = [(start, size)], sum(size for _, size in self._settled)
-            while held > CACHED:
+            self._cached += size
+            while self._cached > CACHED:
                 ranges.append(self._settled.popleft())
-                held -= ranges[-1][1]
+                self._cached -= ranges[-1][1]
         for start, size in ranges:
             with suppress(OSError):  # a file system that takes no advice
                 # Linux begins to write what is not on the disk yet, and forgets what is

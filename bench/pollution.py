@@ -7,8 +7,10 @@
 with the same seeds as the base, and writes DIR/cells/ATTRIBUTE.RECIPE.SEED.json. What is there is not made
 again, so an interrupted run goes on. A cell is a curve: the recipe's checkpoints and reduced strengths of
 its last one (see `bench/pollution.toml`, which lists the recipes), of which response and pollution alone are
-measured. Drift is that of the first 24 prompts. `table` makes tables and contact sheets. Weights and
-schedules were tuned with `--prompts tune`, never on the prompts that are reported.
+measured, and at its end the last step at the strength that `spf_kit.measure.strength` chooses, of every
+recipe alike, on prompts that are not reported. Drift is that of the first 24 prompts. `table` makes tables
+and contact sheets. Weights and schedules were tuned with `--prompts tune`, never on the prompts that are
+reported.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,40 +64,76 @@ class Cell:
         return output / "cells" / f"{self.attribute}.{self.recipe}.{self.seed}.json"
 
 
-def measure_cell(cell: Cell, recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one cell and measure every point of its curve."""
-    import torch
+@dataclass(frozen=True)
+class Trained:
+    """One cell after its training, with what its curve needs."""
 
-    from spf_kit import config, schema
-    from spf_kit.files import atomic
+    config: Any  # schema.Config
+    family: Any
+    handle: Any  # with the last step's weights
+    steps: int
+    states: dict[int, Any]  # weights by step
+    settings: list[str]
+    seconds: float  # CPU
+    pace: float  # of a late step
+
+
+def train_cell(cell: Cell, recipe: Recipe, options: argparse.Namespace) -> Trained:
+    from safetensors.torch import load_file
+
+    from spf_kit import config
     from spf_kit.training import trainer
 
-    torch.set_num_threads(1)
     sets = [*recipe.sets, "train.threads=1", "preview.every=0", "train.log_tensorboard=false"]
     sets += [f"train.checkpoint_every={_interval(recipe)}", "train.keep_checkpoints=100"]
-    resolved = config.load(
-        cell.attribute, recipe=recipe.recipe, base="embedded", seed=cell.seed, sets=[*sets, *options.sets]
-    )
-    evaluate = schema.Evaluate(prompts=_prompts(options.prompts), count=options.count, steps=options.steps)
-    shorter = evaluate.model_copy(update={"count": min(options.curve_count, options.count)})
+    sets += [f"calibrate.enabled={str(options.calibrate).lower()}", *options.sets]
+    resolved = config.load(cell.attribute, recipe=recipe.recipe, base="embedded", seed=cell.seed, sets=sets)
     with tempfile.TemporaryDirectory() as temporary:
         began = time.process_time()
         result = trainer.train(resolved, Path(temporary) / "run")
         seconds = time.process_time() - began
-        last = (result.steps, 1.0)
-        points = {p: shorter for p in recipe.points if not options.last_only} | {last: evaluate}
-        rows = list(_points(result, points, resolved.config.attribute, cell, options.output))
         told = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+        states = {result.steps: result.handle.state_dict()}
+        for step in {step for step, _ in recipe.points} - {result.steps}:
+            saved = result.run / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors"
+            states[step] = load_file(saved)
     pace = sorted(line["seconds"] for line in told[len(told) // 2 :])
-    found = {
+    return Trained(
+        resolved.config, result.family, result.handle, result.steps, states, sets, seconds,
+        pace[len(pace) // 2],
+    )  # fmt: skip
+
+
+def measure_cell(
+    cell: Cell, recipe: Recipe, options: argparse.Namespace, train: Callable[..., Trained] = train_cell
+) -> dict[str, Any]:
+    """Train one cell, choose its strength, and measure every point of its curve."""
+    import torch
+
+    from spf_kit import schema
+    from spf_kit.files import atomic
+    from spf_kit.measure.strength import calibrate
+
+    torch.set_num_threads(1)
+    trained = train(cell, recipe, options)
+    attribute, asked = trained.config.attribute, trained.config.calibrate
+    found = calibrate(trained.family, trained.handle, asked, attribute.target) if asked.enabled else None
+    chosen = found.chosen.strength if found and found.learnt else 1.0
+    evaluate = schema.Evaluate(prompts=_prompts(options.prompts), count=options.count, steps=options.steps)
+    shorter = evaluate.model_copy(update={"count": min(options.curve_count, options.count)})
+    curve = [] if options.last_only else [*recipe.points, (trained.steps, 1.0)]
+    last = (trained.steps, chosen)
+    points = {point: shorter for point in curve if point != last} | {last: evaluate}
+    told = {
         "attribute": cell.attribute, "recipe": cell.recipe, "seed": cell.seed, "prompts": options.prompts,
-        "count": options.count, "sampler_steps": options.steps, "settings": [*sets, *options.sets],
-        "training_cpu_seconds": round(seconds, 1),
-        "seconds_per_step_late": round(pace[len(pace) // 2], 4), "points": rows,
+        "count": options.count, "sampler_steps": options.steps, "settings": trained.settings,
+        "training_cpu_seconds": round(trained.seconds, 1), "seconds_per_step_late": round(trained.pace, 4),
+        "calibration": found.as_dict() if found else None,
+        "points": list(_points(trained, points, cell, options.output)),
     }  # fmt: skip
     with atomic(cell.file(options.output)) as path:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
+        path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return told
 
 
 def _interval(recipe: Recipe) -> int:
@@ -112,21 +150,16 @@ def _prompts(name: str) -> list[str]:
 
 
 def _points(
-    result: Any, points: dict[tuple[int, float], Any], attribute: Any, cell: Cell, output: Path
+    trained: Trained, points: dict[tuple[int, float], Any], cell: Cell, output: Path
 ) -> Iterator[dict[str, Any]]:
     """A row for each (step, strength), the base's own among its keys."""
-    from safetensors.torch import load_file
-
-    final = result.handle.state_dict()
+    attribute = trained.config.attribute
     for (step, strength), evaluate in points.items():
         whole = (step, strength) == list(points)[-1]
-        state = final
-        if step != result.steps:
-            state = load_file(result.run / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors")
-        result.handle.load_state_dict(state)
-        result.handle.set_strength(strength)
+        trained.handle.load_state_dict(trained.states[step])
+        trained.handle.set_strength(strength)
         kept = KeptBase(output, attribute.target, evaluate)
-        measured = Measured(result.family, result.handle, evaluate, attribute, kept)
+        measured = Measured(trained.family, trained.handle, evaluate, attribute, kept)
         yield {**measured.row(whole), "step": step, "strength": strength}
         if whole:
             _keep_pictures(measured, cell.file(output).with_suffix(".safetensors"))
@@ -274,6 +307,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="of the sampler, DDIM")
     parser.add_argument("--last-only", action="store_true", help="no curve: the last step at strength 1")
     parser.add_argument("--set", dest="sets", action="append", default=[], help="a key, in every recipe")
+    parser.add_argument(
+        "--calibrate", action=argparse.BooleanOptionalAction, default=True, help="choose each LoRA's strength"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
     options.output = options.output.resolve()

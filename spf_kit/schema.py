@@ -183,6 +183,24 @@ class Preview(Section):
     phrases: bool = Field(False, description="under the masks, also the base's attention to each phrase")
 
 
+class Calibrate(Section):
+    """After the training: the smallest strength that shows what was learnt becomes the file's 1."""
+
+    enabled: bool = Field(False, description="try strengths; needs a CLIP pair")
+    strengths: list[Annotated[float, Field(gt=0, le=4)]] = Field(
+        [0.6, 0.8, 1.0, 1.2, 1.4], min_length=2, description="to try"
+    )
+    keep: float = Field(
+        0.9, gt=0, le=1, description="share of the most that CLIP sees at any of them, to be reached"
+    )
+    prompts: list[str] = Field([], description="c_base prompts; default: the embedded ones, or the captions")
+    count: int = Field(32, ge=1, description="prompts")
+    seed: int = Field(3000, ge=0, description="seed of the first prompt's picture")
+    steps: int = Field(10, ge=1, le=MAX_SAMPLER_STEPS, description="sampler steps")
+    cfg: float = Field(5.0, ge=0, description="classifier-free guidance scale")
+    batch_size: int = Field(16, ge=1, description="pictures drawn at once")
+
+
 class Evaluate(Section):
     """The measurement after the training."""
 
@@ -227,6 +245,7 @@ class Config(Section):
     adapter: Adapter = Adapter()
     train: Train = Train()
     preview: Preview = Preview()
+    calibrate: Calibrate = Calibrate()
     evaluate: Evaluate = Evaluate()
     output: Output = Output()
     loss: list[LossEntry] = Field([], description="losses and masks, in order")

@@ -394,12 +394,12 @@ def test_prompts_come_from_the_user_the_base_or_the_captions(
     family: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = schema.Evaluate(prompts=["b", "a, wearing glasses", "b", " "])
-    assert measuring.prompts_of(family, own, ["c"]) == ["b", "a, wearing glasses"]
-    assert measuring.prompts_of(family, QUICK, ["c"]) == embedded.prompts("evaluate")
+    assert measuring.prompts_of(family, own.prompts, ["c"]) == ["b", "a, wearing glasses"]
+    assert measuring.prompts_of(family, QUICK.prompts, ["c"]) == embedded.prompts("evaluate")
     monkeypatch.setattr(family, "name", "sd15")
-    assert measuring.prompts_of(family, QUICK, ["c", "d", "c"]) == ["c", "d"]
+    assert measuring.prompts_of(family, QUICK.prompts, ["c", "d", "c"]) == ["c", "d"]
     with pytest.raises(UserError, match=r"evaluate\.prompts"):
-        measuring.prompts_of(family, QUICK, [])
+        measuring.prompts_of(family, QUICK.prompts, [])
 
 
 def test_a_base_that_no_classifier_knows(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:

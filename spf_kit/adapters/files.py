@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from spf_kit.adapters.guess import guess_family
 from spf_kit.adapters.index import LayerKey, index
 from spf_kit.adapters.keys import COMPONENTS, Format, UNetNames
 from spf_kit.adapters.layers import LoraLayer, Update, load_layer
+from spf_kit.adapters.metadata import scaled_alphas
 from spf_kit.adapters.parts import kind_of
 from spf_kit.adapters.peft_config import DIFFUSERS_CONFIG_KEY, PEFT_CONFIG, PEFT_WEIGHTS
 from spf_kit.adapters.tensors import kohya_hashes, parse_dtype, write_tensors
@@ -59,6 +60,17 @@ class LoraFile:
     @property
     def components(self) -> list[str]:
         return list(dict.fromkeys(component for component, _ in self.layers))
+
+    def scaled(self, factor: float) -> LoraFile:
+        """The LoRA whose strength 1 is this one's strength `factor`; kohya's metadata follow.
+
+        Raises UserError for kinds whose files hold no multiple of what they add: DoRA and OFT.
+        """
+        try:
+            layers = {key: layer.scaled(factor) for key, layer in self.layers.items()}
+        except ValueError as error:
+            raise UserError(f"{self.name} cannot be scaled: {error}") from None
+        return replace(self, layers=layers, metadata=scaled_alphas(self.metadata, factor))
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from spf_kit.adapters import hashes, inspect_models, keys
 from spf_kit.adapters.guess import guess_family
 from spf_kit.adapters.index import DIFFUSERS_WEIGHTS, IndexedLayer, LoraIndex, index
-from spf_kit.adapters.metadata import parse_json
+from spf_kit.adapters.metadata import STRENGTH_KEY, parse_json
 from spf_kit.adapters.peft_config import PEFT_CONFIG
 from spf_kit.files import sha256
 from spf_kit.headers import Header, read_header
@@ -87,6 +87,7 @@ def _lora(lora: LoraIndex, whole: bool, norms: bool) -> dict[str, Any]:
         "tags": _tags(metadata),
         "measured": parse_json(metadata, "spf_kit.measured"),
         "selection": parse_json(metadata, "spf_kit.selection"),
+        "strength": parse_json(metadata, STRENGTH_KEY),
         "merged": parse_json(metadata, "spf_kit.merged"),
         "trained_on": parse_json(metadata, "spf_kit.on"),
         "trained_by_spf_kit": metadata.get("spf_kit.version"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
@@ -45,6 +45,12 @@ class LokrLayer(Update):
             if decomposed is not None:
                 return decomposed.shape[0]
         return 0
+
+    def scaled(self, factor: float) -> Self:
+        if self.rank or self.dora_scale is not None:
+            return super().scaled(factor)
+        assert self.lokr_w2 is not None
+        return replace(self, lokr_w2=self.lokr_w2 * factor)  # alpha says nothing here
 
     @property
     def shape(self) -> Shape:

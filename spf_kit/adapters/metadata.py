@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spf_kit.config import Resolved
     from spf_kit.schema import Config
 
+STRENGTH_KEY = "spf_kit.strength"  # how the strength was chosen, `measure.strength.Calibration`
 _VERSIONS = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's names
 _SAI = "https://github.com/Stability-AI/generative-models"
 _ARCHITECTURES = {"sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
@@ -255,6 +256,18 @@ def _about_base(config: Config, family: str, run: Run) -> dict[str, Any]:
         if Path(base.vae).is_file():
             values |= {"vae_hash": legacy_hash(base.vae), "new_vae_hash": sha256(base.vae)}
     return values
+
+
+def scaled_alphas(metadata: Mapping[str, str], factor: float) -> dict[str, str]:
+    """kohya's entries about alpha after every alpha of the file was multiplied; what is no number stays."""
+    found, arguments = dict(metadata), parse_json(metadata, "ss_network_args")
+    alpha = parse_json(metadata, "ss_network_alpha")
+    if isinstance(alpha, int | float):
+        found["ss_network_alpha"] = str(alpha * factor)
+    if isinstance(arguments, dict) and isinstance(arguments.get("conv_alpha"), int | float):
+        arguments["conv_alpha"] *= factor
+        found["ss_network_args"] = json.dumps(arguments)
+    return found
 
 
 # --- ModelSpec --------------------------------------------------------------------------------------------

@@ -87,6 +87,9 @@ class OftLayer(Update):
         skew, one = blocks - blocks.mT, torch.eye(self.rank, dtype=torch.float64)
         return torch.linalg.solve(one - skew, one + skew, left=False)
 
+    def scaled(self, factor: float) -> Self:
+        raise ValueError("a rotation's file holds no multiple of what it adds")
+
     def difference(self, weight: Tensor) -> Tensor:
         flat = weight.reshape(len(weight), -1)
         total = torch.zeros_like(flat)

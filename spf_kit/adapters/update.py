@@ -94,6 +94,15 @@ class Update(ABC):
     def to(self, dtype: torch.dtype) -> Self:
         return replace(self, **{name: tensor.to(dtype) for name, tensor in self.tensors().items()})  # type: ignore[type-var]
 
+    def scaled(self, factor: float) -> Self:
+        """The layer whose strength 1 is this one's strength `factor`.
+
+        Raises ValueError, a sentence's end, for kinds whose form holds no multiple of what they add.
+        """
+        if self.dora_scale is not None:
+            raise ValueError("DoRA's magnitudes hold no multiple of its update")
+        return replace(self, alpha=self.alpha * factor)  # type: ignore[type-var]
+
     def delta(self, weight: Tensor) -> Tensor:
         """What strength 1 adds to `weight`, in float32 and of its shape; strength s adds s times that.
 

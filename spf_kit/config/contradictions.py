@@ -272,6 +272,8 @@ def ineffective(config: Config, origins: Origins) -> list[str]:
         note("train.select", f"because train.drift_every = {train.drift_every} leaves only the last step")
     if config.preview.prompts and not config.preview.every:
         note("preview.prompts", "while preview.every = 0")
+    if config.calibrate.prompts and not config.calibrate.enabled:
+        note("calibrate.prompts", "while calibrate.enabled = false")
     if config.evaluate.prompts and not config.evaluate.enabled:
         note("evaluate.prompts", "while evaluate.enabled = false")
     return found

@@ -13,8 +13,9 @@ and `drift_plain`, `drift_target` (drift.py), `prompts`, `seeds`, `per_prompt`, 
 The base's own row is the ceiling: adding the words changes its pictures too. `pollution` is the base's
 preservation minus the LoRA's. Where `clip_used_by_a_loss`, a loss of this LoRA or of one under it used the
 very CLIP pair: `response_clip` and `clip_margin` are then no independent measure, and the pair judges nothing
-in the whole evaluation. "Base" is what the LoRAs are compared with: the model, and under it the earlier
-LoRAs that the row's `on` lists as {"path", "weight"}.
+in the whole evaluation. Where `clip_chose_strength`, it chose the LoRA's strength (strength.py) on pictures
+of other seeds: it still judges. "Base" is what the LoRAs are compared with: the model, and under it the
+earlier LoRAs that the row's `on` lists as {"path", "weight"}.
 
 Shapes: N prompts, H x W pixels.
 """
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from spf_kit.adapters.earlier import attached
 from spf_kit.adapters.index import index
+from spf_kit.adapters.metadata import STRENGTH_KEY, parse_json
 from spf_kit.adapters.weights import parse
 from spf_kit.data.captions import Caption, derive, fit
 from spf_kit.errors import UserError
@@ -139,6 +141,7 @@ def measure(
                     ]
             row |= {"strength": strength, "pollution": base_row["preservation"] - row["preservation"]}
             row["clip_used_by_a_loss"] = _among(setup.clip, used[name])
+            row["clip_chose_strength"] = _among(setup.clip, _clip_chose(handle))
             rows[name] = row
     settings = setup.described() | {"width": base.plain.shape[-1], "height": base.plain.shape[-2]}
     return Evaluation({"base": base_row, "loras": rows, "settings": settings}, setup.captions, pictures, base)
@@ -152,17 +155,20 @@ def setup_of(family: Family, config: schema.Evaluate, attribute: schema.Attribut
     return _prepare(family, config, attribute, None, (), 1, 1, SAMPLER, ())
 
 
-def prompts_of(family: Family, config: schema.Evaluate, captions: Sequence[str]) -> list[str]:
-    """The prompts to judge with: the user's, the embedded base's, or the captions of the data, each once.
+def prompts_of(
+    family: Family, prompts: Sequence[str], captions: Sequence[str], split: str = "evaluate"
+) -> list[str]:
+    """The prompts to draw with: the user's, the embedded base's of a split, or the captions of the data, each
+    once.
 
     Raises UserError if there are none.
     """
-    if config.prompts:
-        found: Sequence[str] = config.prompts
+    if prompts:
+        found: Sequence[str] = prompts
     elif family.name == "embedded":
         from spf_kit import embedded
 
-        found = embedded.prompts("evaluate")
+        found = embedded.prompts(split)
     else:
         found = captions
     unique = list(dict.fromkeys(text for text in found if text.strip()))
@@ -172,6 +178,12 @@ def prompts_of(family: Family, config: schema.Evaluate, captions: Sequence[str])
             "or give --prompts FILE"
         )
     return unique
+
+
+def captions_of(family: Family, texts: Sequence[str], target: str, count: int, chunks: int) -> list[Caption]:
+    """`count` captions of these prompts, cut to the text window; fewer prompts are used again."""
+    unique = [fit(derive(text, target), family.count_tokens, WINDOW * chunks) for text in texts]
+    return [unique[n % len(unique)] for n in range(count)]
 
 
 def _prepare(
@@ -191,9 +203,8 @@ def _prepare(
         used: fingerprints of the CLIP pairs that may not judge.
     """
     family.reload_encoders()
-    texts = prompts_of(family, config, captions)
-    unique = [fit(derive(text, attribute.target), family.count_tokens, WINDOW * chunks) for text in texts]
-    cases = [unique[n % len(unique)] for n in range(config.count)]
+    texts = prompts_of(family, config.prompts, captions)
+    cases = captions_of(family, texts, attribute.target, config.count, chunks)
     seeds = [config.seed + n for n in range(config.count)]
     folder = folder_of(family, clip)
     pair = ClipPair.load(folder, device=family.device) if folder else None
@@ -214,6 +225,14 @@ def _clip_used(
     under = set().union(*(of(path) for path, _ in map(parse, on)))
     mine = {name: of(x) if isinstance(x, str | Path) else set() for name, x in handles.items()}
     return {None: under} | {name: under | own for name, own in mine.items()}
+
+
+def _clip_chose(handle: AdapterHandle | Path | str) -> set[str]:
+    """The fingerprint of the CLIP pair that chose a LoRA's strength, if one did."""
+    if not isinstance(handle, str | Path):
+        return set()
+    told = parse_json(index(Path(handle)).metadata, STRENGTH_KEY)
+    return {str(told.get("clip"))} if isinstance(told, dict) and told.get("chosen") else set()
 
 
 def _among(pair: ClipPair | None, used: Collection[str]) -> bool:

@@ -103,19 +103,24 @@ def render(data: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]] = {}
         table.add_row(name, *cells, style="bold" if row is rows[-1] and data["loras"] else "")
     table.caption = Text(
         f"{settings['sampler']}, {settings['steps']} steps, guidance {settings['guidance']:g}; "
-        f"judge: {settings['judge']}. {_seen_by_a_loss(data)}{LEGEND}"
+        f"judge: {settings['judge']}. {_clip_is_partial(data)}{LEGEND}"
     )
     return table
 
 
-def _seen_by_a_loss(data: Mapping[str, Any]) -> str:
-    """Which models the CLIP pair cannot judge, "" if it can judge all."""
+def _clip_is_partial(data: Mapping[str, Any]) -> str:
+    """Which models the CLIP pair cannot judge, and whose strength it chose; "" if there are none."""
     named = {base_name(data["base"]): data["base"], **data["loras"]}
-    seen = [Path(name).name for name, row in named.items() if row.get("clip_used_by_a_loss")]
-    if not seen:
-        return ""
+
+    def flagged(key: str) -> str:
+        return ", ".join(Path(name).name for name, row in named.items() if row.get(key))
+
     pair = data["settings"]["clip"]
-    return f"{pair} judges nothing: a loss of {', '.join(seen)} used it, so response_clip is no measure. "
+    if seen := flagged("clip_used_by_a_loss"):
+        return f"{pair} judges nothing: a loss of {seen} used it, so response_clip is no measure. "
+    if chosen := flagged("clip_chose_strength"):
+        return f"{pair} chose the strength of {chosen}, on pictures of other seeds. "
+    return ""
 
 
 def _number(key: str, value: float | None) -> str:

@@ -7,7 +7,6 @@ damaged: a page about an interrupted run is worth most when something went wrong
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import tomllib
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from spf_kit.adapters.metadata import STRENGTH_KEY, parse_json
 from spf_kit.errors import UserError
 from spf_kit.report import numbers
 from spf_kit.report.numbers import MOST_STEPS, Numbers, finite
@@ -96,6 +96,7 @@ class RunFiles:
     seconds: records.Seconds | None = None
     lora: Path | None = None
     selection: Mapping[str, Any] | None = None  # which step the LoRA holds, where drift was measured
+    calibration: Mapping[str, Any] | None = None  # how the LoRA's strength was chosen
     measured: bool = False  # whether the LoRA is the one that evaluation.json speaks of
     sheets: list[Path] = field(default_factory=list)  # samples/*.png
     damaged: list[str] = field(default_factory=list)
@@ -175,7 +176,8 @@ def gather(folder: Path, *, pictures: bool = True) -> RunFiles:
         strengths=read(records.StrengthRecord, records.STRENGTHS) if drawn else None,
         seconds=read(records.Seconds, records.SECONDS),
         lora=lora,
-        selection=_selection(metadata),
+        selection=_told(metadata, "spf_kit.selection", "step", int),
+        calibration=_told(metadata, STRENGTH_KEY, "chosen", int, float),
         # peft's folders have no place for it
         measured=lora is not None and (lora.is_dir() or "spf_kit.measured" in metadata),
         sheets=sorted((folder / "samples").glob("step-*.png")),
@@ -260,10 +262,7 @@ def _metadata(lora: Path) -> Mapping[str, str]:
         return {}
 
 
-def _selection(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
-    """`spf_kit.selection` of the LoRA's metadata."""
-    try:
-        found = json.loads(metadata.get("spf_kit.selection", "null"))
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+def _told(metadata: Mapping[str, str], entry: str, key: str, *kinds: type) -> Mapping[str, Any] | None:
+    """An entry of the LoRA's metadata, an object whose `key` is of these kinds; else None."""
+    found = parse_json(metadata, entry)
+    return found if isinstance(found, dict) and isinstance(found.get(key), kinds) else None

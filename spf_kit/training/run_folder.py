@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # may only grow (the schedule and the stages are then those of the longer run).
 FREE = (
     "train.steps", "train.epochs", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_tensorboard", "train.threads", "preview.", "evaluate.", "output.",
+    "train.log_tensorboard", "train.threads", "preview.", "calibrate.", "evaluate.",
+    "output.",
 )  # fmt: skip
 
 

@@ -50,6 +50,13 @@ def _train(resolved: Resolved, run: Path, watch: Watch, *, resume: bool, console
     if chosen := result.selected:
         printed["selection"] = chosen.as_dict()
         (console.say if chosen.within else console.warn)(chosen.sentence())
+    if resolved.config.calibrate.enabled:
+        try:
+            printed["strength"] = _calibrate(resolved, result, watch, console)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"the LoRA is saved as {str(result.lora)!r}, with the strength that it was trained at"
+            ) from None
     if resolved.config.evaluate.enabled:
         try:
             evaluation = _measure_run(resolved, result, watch, console)
@@ -66,6 +73,45 @@ def _train(resolved: Resolved, run: Path, watch: Watch, *, resume: bool, console
                 "missing"
             ) from None
     return printed
+
+
+def _calibrate(
+    resolved: Resolved, result: TrainResult, watch: Watch, console: Console
+) -> dict[str, Any] | None:
+    """Make the strength that shows what was learnt the file's strength 1. None if that was not possible."""
+    from spf_kit.adapters import files
+    from spf_kit.adapters.metadata import STRENGTH_KEY
+    from spf_kit.measure import strength
+
+    config = resolved.config
+    if config.adapter.kind == "oft" or config.adapter.dora:
+        console.say("strength: as trained; the file of an OFT or a DoRA holds no multiple of what it adds")
+        return None
+    with console.bar("trying strengths") as progress, watch.part("trying strengths"):
+        found = strength.calibrate(
+            result.family,
+            result.handle,
+            config.calibrate,
+            config.attribute.target,
+            clip=config.clip.model,
+            captions=result.captions,
+            clip_skip=config.base.clip_skip,
+            chunks=config.data.chunks,
+            progress=progress,
+        )
+    if found is None:
+        console.say(
+            "strength: as trained; to try others there must be a CLIP pair: give clip.model the folder of a "
+            "CLIPModel"
+        )
+        return None
+    (console.say if found.learnt else console.warn)(found.sentence())
+    lora = files.read(result.lora)
+    if found.learnt:
+        lora = lora.scaled(found.chosen.strength)
+    lora.metadata[STRENGTH_KEY] = json.dumps(found.as_dict())
+    files.write(lora, result.lora, config.output.format, config.output.dtype)
+    return found.as_dict()
 
 
 def _measure_run(resolved: Resolved, result: TrainResult, watch: Watch, console: Console) -> Evaluation:

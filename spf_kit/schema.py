@@ -50,6 +50,9 @@ class Base(Section):
         False, description="encode and decode in tiles what is larger than the VAE's own size: less memory"
     )
     vae_slicing: bool = Field(False, description="decode the pictures of a batch one by one: less memory")
+    offload: bool = Field(
+        False, description="on a GPU: what the moment does not need waits in the host's memory"
+    )
     channels_last: bool | None = Field(
         None, description="memory format of the UNet's convolutions; default: where it is known to be faster"
     )
@@ -210,7 +213,9 @@ class Evaluate(Section):
     seed: int = Field(5000, ge=0, description="seed of the first prompt's picture")
     steps: int = Field(20, ge=1, le=MAX_SAMPLER_STEPS, description="sampler steps")
     cfg: float = Field(5.0, ge=0, description="classifier-free guidance scale")
-    batch_size: int = Field(16, ge=1, description="pictures drawn at once")
+    batch_size: int = Field(
+        16, ge=1, description="pictures drawn at once, also of previews and prior pictures"
+    )
 
 
 class Output(Section):

@@ -66,6 +66,7 @@ def check_sections(
     _check_selection(config, origins, wrong, problems)
     _check_precision(config, origins, wrong, problems)
     _check_compile(config, origins, wrong, problems)
+    _check_offload(config, origins, wrong, problems)
     _check_kind(config, origins, wrong, problems)
     targets = config.adapter.targets
     if len(set(targets)) < len(targets):
@@ -100,6 +101,16 @@ def _check_compile(config: Config, origins: Origins, wrong: set[str], problems: 
             f"train.compile = {show(how)}: compiled code keeps every widened weight until the backward pass, "
             f"which takes back what base.quantize = {show(kept)} ({origins['base.quantize']}) saves; take "
             "one of the two",
+        )
+
+
+def _check_offload(config: Config, origins: Origins, wrong: set[str], problems: Problems) -> None:
+    """Compiled code is made for weights that stay where they are."""
+    if config.base.offload and config.train.compile != "no" and not {"base.offload", "train.compile"} & wrong:
+        problems.add(
+            origins["base.offload"],
+            f"base.offload = true: weights come and go, which train.compile = {show(config.train.compile)} "
+            f"({origins['train.compile']}) compiles anew each time; take one of the two",
         )
 
 

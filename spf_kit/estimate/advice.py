@@ -57,6 +57,8 @@ def candidates(resolved: Resolved) -> Iterator[Change]:
     then digits of the base, what the losses look at, more digits of the base, and the pictures' size."""
     config, plugins = resolved.config, resolved.plugins
     train, base, data = config.train, config.base, config.data
+    if not base.offload and train.compile == "no":
+        yield _change(("base.offload", True))
     if base.attention == "sliced":
         yield _change(("base.attention", "sdpa"))
     if "8bit" not in train.optimizer:
@@ -67,6 +69,8 @@ def candidates(resolved: Resolved) -> Iterator[Change]:
         yield _change(("train.mixed_precision", "bf16"), ("base.dtype", "bfloat16"))
     if not train.gradient_checkpointing:
         yield _change(("train.gradient_checkpointing", True))
+    if config.evaluate.batch_size > 1:
+        yield _change(("evaluate.batch_size", 1))
     batch, accumulation = train.batch_size, train.gradient_accumulation
     while batch > 1 and batch % 2 == 0:
         batch, accumulation = batch // 2, accumulation * 2  # the same samples in each optimizer step

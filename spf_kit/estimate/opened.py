@@ -16,8 +16,10 @@ from spf_kit.adapters.earlier import Earlier
 from spf_kit.adapters.inject import AdapterHandle
 from spf_kit.estimate import gpu
 from spf_kit.estimate.bare import BareTracker, fill
-from spf_kit.estimate.rehearsal import CAPTION, WEIGHTS, Rehearsal, Size
+from spf_kit.estimate.rehearsal import CAPTION, OPTIMIZER, WEIGHTS, Rehearsal, Size
+from spf_kit.measure.memory import optimizer_bytes
 from spf_kit.measure.tracker import Peak
+from spf_kit.sampling.draw import SLICED_ABOVE
 from spf_kit.training import modes, session, stages, tools
 from spf_kit.training.text import BATCH
 
@@ -35,6 +37,7 @@ class Opened:
 
     rehearsal: Rehearsal
     reading: Peak  # while pictures and captions are encoded, before the first step
+    drawing: Peak | None  # while pictures are drawn: previews, and what follows the training; None: none are
     notes: list[str]  # sentences for the user
 
 
@@ -67,6 +70,8 @@ def opened(resolved: Resolved, largest: Size, *, on_gpu: bool) -> Iterator[Opene
         if clip:
             clip.mean, clip.std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
         reading = _reading(config, family, lambda: BareTracker(mode, granule), largest)
+        draws = config.preview.every or config.calibrate.enabled or config.evaluate.enabled
+        drawing = _drawing(config, family, handle, lambda: BareTracker(mode, granule)) if draws else None
         rehearsal = Rehearsal(
             config, plugins, family, handle, BareTracker(mode, granule),
             clip=clip, autocast=autocast(config.train), valued=False,
@@ -75,7 +80,7 @@ def opened(resolved: Resolved, largest: Size, *, on_gpu: bool) -> Iterator[Opene
             for group in rehearsal.updater.optimizer.param_groups:
                 if group.get("foreach", False) is None:  # torch's own choice: all tensors at once on a GPU
                     group["foreach"] = True
-        yield Opened(rehearsal, reading, notes)
+        yield Opened(rehearsal, reading, drawing, notes)
 
 
 def autocast(train: Train) -> Callable[[], contextlib.AbstractContextManager[None]]:
@@ -112,6 +117,32 @@ def _reading(config: Config, family: Family, make: Callable[[], BareTracker], la
     with captions:
         family.encode_text([CAPTION] * BATCH, clip_skip=config.base.clip_skip, chunks=config.data.chunks)
     return max(pictures.peak, captions.peak, key=lambda peak: peak.total)
+
+
+@torch.no_grad()
+def _drawing(config: Config, family: Family, handle: AdapterHandle, make: Callable[[], BareTracker]) -> Peak:
+    """Pictures of the base's own size: a call of the UNet, then the VAE. All modules are there, or with
+    `base.offload` the one that works; the optimizer keeps its state."""
+    batch, side = config.evaluate.batch_size, family.resolution // family.latent_factor
+    rows = batch * (2 if config.evaluate.cfg > 1 else 1)
+    condition = family.encode_text(
+        [CAPTION] * rows, clip_skip=config.base.clip_skip, chunks=config.data.chunks
+    )
+    latents = torch.zeros(rows, family.latent_channels, side, side)
+    one_by_one = config.base.vae_slicing or (side * family.latent_factor) ** 2 > SLICED_ABOVE
+    calling, decoding = make(), make()
+    for tracker, working in ((calling, family.unet), (decoding, family.vae)):
+        for module in family.modules():
+            if module is working or not config.base.offload or (module is family.unet and family.quantize):
+                tracker.hold(_tensors(module), WEIGHTS)
+    with calling:
+        family.predict(latents.to(family.dtype), torch.zeros(rows), condition)
+    with decoding:
+        family.decode(latents[: 1 if one_by_one else batch])
+    peak = max(calling.peak, decoding.peak, key=lambda peak: peak.total)
+    shapes = [tuple(parameter.shape) for parameter in handle.parameters()]
+    state = optimizer_bytes(config.train.optimizer, shapes) or 0
+    return Peak(peak.total + state, {**peak.parts, OPTIMIZER: state})
 
 
 def _tensors(module: nn.Module) -> Sequence[torch.Tensor]:

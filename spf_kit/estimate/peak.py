@@ -33,6 +33,7 @@ class Estimate:
     buckets: dict[str, Peak]  # of a training step, by picture size ("512x512"), the largest picture first
     reading: Peak  # while pictures and captions are encoded, before the first step
     on_gpu: bool
+    drawing: Peak | None = None  # while pictures are drawn: previews, and what follows the training
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -43,12 +44,16 @@ class Estimate:
     @property
     def worst(self) -> Peak:
         """Of the whole run."""
-        return max(self.step, self.reading, key=lambda peak: peak.total)
+        return max(self._peaks, key=lambda peak: peak.total)
+
+    @property
+    def _peaks(self) -> list[Peak]:
+        return [self.step, self.reading, *([self.drawing] if self.drawing else [])]
 
     @property
     def needed(self) -> int:
         """What a card must have for it."""
-        return max(peak.total + (reserve(peak) if self.on_gpu else 0) for peak in (self.step, self.reading))
+        return max(peak.total + (reserve(peak) if self.on_gpu else 0) for peak in self._peaks)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: bytes."""
@@ -61,6 +66,7 @@ class Estimate:
                 name: {"total_bytes": peak.total, "bytes": shown(peak)} for name, peak in self.buckets.items()
             },
             "before_training": {"total_bytes": self.reading.total, "bytes": shown(self.reading)},
+            "drawing": self.drawing and {"total_bytes": self.drawing.total, "bytes": shown(self.drawing)},
             "accounted_as": "gpu" if self.on_gpu else "cpu",
             "notes": self.notes,
         }
@@ -97,7 +103,7 @@ def estimate(resolved: Resolved, *, on_gpu: bool = True, only_largest: bool = Fa
             name: max((run.rehearsal.step(size, moment) for moment in moments), key=lambda peak: peak.total)
             for name, size in latents.items()
         }
-    return Estimate(peaks, run.reading, on_gpu, run.notes)
+    return Estimate(peaks, run.reading, on_gpu, run.drawing, run.notes)
 
 
 def picture_sizes(resolved: Resolved) -> list[Bucket]:

@@ -228,7 +228,9 @@ class Rehearsal:
 
     def _hold(self, clip: ClipPair | None) -> None:
         own = {id(parameter) for parameter in self.handle.parameters()}
-        modules = [*self.family.modules(), *([clip.model] if clip else [])]
+        idle = [] if modes.trains_text(self.config) else list(self.family.text_encoders().values())
+        there = [m for m in self.family.modules() if not (self.config.base.offload and m in idle)]
+        modules = [*there, *([clip.model] if clip else [])]
         for module in modules:
             tensors = [*module.parameters(), *module.buffers()]
             self.tracker.hold((tensor for tensor in tensors if id(tensor) not in own), WEIGHTS)

@@ -60,6 +60,8 @@ def table(found: Estimate) -> Table:
 def lines(found: Estimate) -> list[str]:
     """What the table does not say."""
     said = [f"before the first step, while pictures and captions are encoded: {human(found.reading.total)}"]
+    if found.drawing:
+        said.append(f"while pictures are drawn (previews, evaluation): {human(found.drawing.total)}")
     if found.on_gpu:
         extra = found.needed - found.worst.total
         said.append(f"reserve for the CUDA context, libraries and fragmentation: {human(extra)}")

@@ -52,6 +52,7 @@ class Family(ABC):
     dtype: torch.dtype
     vae_tiling: bool = False  # whether large pictures are encoded in tiles, which changes latents a little
     quantize: str | None = None  # how the UNet's linear layers are kept, see `quantized`; None: as they are
+    offload: bool = False  # whether modules take turns on the device, see `offload`
     latent_factor: int  # pixels of one latent's side
     latent_channels: int  # C
     resolution: int  # pixels; the side of the square pictures that it was made for

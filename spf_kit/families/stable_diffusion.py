@@ -19,6 +19,7 @@ from spf_kit.families import loading, text
 from spf_kit.families.attention import use_attention
 from spf_kit.families.base import Family
 from spf_kit.families.noise import NoiseProcess
+from spf_kit.families.offload import HOST, take_turns
 from spf_kit.families.prediction import as_asked
 from spf_kit.families.sources import Source, fingerprint
 from spf_kit.families.vae import widen_inputs
@@ -81,6 +82,7 @@ class StableDiffusionFamily(Family):
         self.quantize = base.quantize if base else None
         self.vae_tiling, self._vae_slicing = (base.vae_tiling, base.vae_slicing) if base else (False, False)
         self._channels_last = base.channels_last if base else None
+        self.offload = bool(base and base.offload) and self.device.type == "cuda"
         config = as_asked(source.scheduler_config, base) if base else dict(source.scheduler_config)
         self._scheduler_config, self._pipeline_config = config, source.pipeline_config
         self.noise = NoiseProcess.from_scheduler(config, source=source.location)
@@ -101,6 +103,7 @@ class StableDiffusionFamily(Family):
         self._check_channels(source.configs["unet"])
         self.unet = self._load("unet", weights=unet)
         use_attention(attention, self.unet, self.device)
+        self._take_turns("unet")
         size = self.unet.config.sample_size or 64  # latents; a pair for models that are not square
         self.resolution = (size if isinstance(size, int) else min(size)) * self.latent_factor
 
@@ -113,7 +116,9 @@ class StableDiffusionFamily(Family):
         }
         if not (self._weights and weights):
             return loading.bare_module(source, component, **how)
-        return loading.load_module(source, component, device=self.device, **how)
+        # what takes turns waits for its first one in the host's memory
+        device = HOST if self.offload and component != "unet" else self.device
+        return loading.load_module(source, component, device=device, **how)
 
     def _vae_dtype(self) -> torch.dtype:
         return self.dtype
@@ -229,6 +234,7 @@ class StableDiffusionFamily(Family):
         if self._weights and next(self.unet.parameters()).is_meta:
             self.unet = self._load("unet")
             use_attention(self._attention, self.unet, self.device)
+            self._take_turns("unet")
 
     def reload_encoders(self) -> None:
         for component in self.freed:
@@ -244,6 +250,11 @@ class StableDiffusionFamily(Family):
                 self.vae.enable_slicing()
             if self._vae_dtype() != self.dtype:
                 widen_inputs(self.vae)
+        self._take_turns(component)
+
+    def _take_turns(self, component: str) -> None:
+        if self.offload:
+            take_turns(self, component)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Family:
         super().to(device, dtype)

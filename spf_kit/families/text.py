@@ -80,7 +80,8 @@ def hidden_states(text_encoder: Any, ids: Tensor, *, clip_skip: int) -> Tensor:
     else:
         outputs = text_encoder(flat, output_hidden_states=True)
         inner = getattr(text_encoder, "text_model", text_encoder)
-        states = inner.final_layer_norm(outputs.hidden_states[-clip_skip])
+        states = outputs.hidden_states[-clip_skip]
+        states = inner.final_layer_norm.to(states.device)(states)  # the encoder may have gone, see `offload`
     return states.reshape(len(ids), -1, states.shape[-1])
 
 

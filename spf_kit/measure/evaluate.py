@@ -207,7 +207,7 @@ def _prepare(
     cases = captions_of(family, texts, attribute.target, config.count, chunks)
     seeds = [config.seed + n for n in range(config.count)]
     folder = folder_of(family, clip)
-    pair = ClipPair.load(folder, device=family.device) if folder else None
+    pair = ClipPair.load(folder, device="cpu" if family.offload else family.device) if folder else None
     independent = None if _among(pair, used) else pair
     embedded = family.name == "embedded"
     judge: Judge = ByAttributes(attribute.target, independent) if embedded else ByPixels(independent)

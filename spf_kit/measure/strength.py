@@ -135,7 +135,7 @@ def calibrate(
     if folder is None:
         return None
     family.reload_encoders()
-    pair = ClipPair.load(folder, device=family.device)
+    pair = ClipPair.load(folder, device="cpu" if family.offload else family.device)
     texts = prompts_of(family, config.prompts, captions, "tune")
     cases = captions_of(family, texts, target, config.count, chunks)
     seeds = [config.seed + n for n in range(config.count)]

@@ -105,7 +105,7 @@ def draw(
     guided = cfg > 1  # diffusers' own rule
     encoded = encode(family, [*prompts, *[negative] * guided], clip_skip=clip_skip, chunks=chunks)
     against = family.negative(negative, encoded[negative]) if guided else None
-    beside = lanes(family.unet)
+    beside = 1 if family.offload else lanes(family.unet)  # turns are one at a time
     batches = split(len(prompts), batch_size, beside)
     reporter = _Reporter(progress, batches)
 

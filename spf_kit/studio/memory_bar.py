@@ -10,7 +10,7 @@ from spf_kit.studio.answers import escaped, wrong
 CARDS = ("4gb", "6gb", "8gb", "10gb", "12gb", "16gb", "24gb", "32gb", "48gb", "80gb")
 COLOURS = ("#1d4ed8", "#0f766e", "#b45309", "#7e22ce", "#be123c", "#4d7c0f", "#0369a1", "#a16207")
 RESERVE = "reserve for CUDA, libraries and fragmentation"
-REST = "while pictures and captions are encoded"
+REST = "while pictures are encoded or drawn"
 
 
 def bar(told: Mapping[str, Any]) -> str:
@@ -53,7 +53,7 @@ def _parts(told: Mapping[str, Any]) -> list[tuple[str, int]]:
     parts = sorted(told["bytes"].items(), key=lambda item: -item[1])
     missing = told["needed_bytes"] - sum(size for _, size in parts)
     in_step = told["total_bytes"] - sum(size for _, size in parts)
-    if in_step > 0:  # the worst moment is before the first step
+    if in_step > 0:  # the worst moment is no step
         parts.append((REST, in_step))
         missing -= in_step
     return [*parts, *([(RESERVE, missing)] if missing > 0 else [])]

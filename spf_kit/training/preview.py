@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from spf_kit.training.step import Model
 
 Progress = Callable[[int, int, str], None]
-BATCH = 16
 
 
 class Drawn(NamedTuple):
@@ -120,8 +119,8 @@ class Preview:
         full = [f"{base}, {target}" if base else target for base in self._bases]
         return generate(
             self.family, [*full, *self._bases], self._seeds * 2, steps=settings.steps, cfg=settings.cfg,
-            clip_skip=self.config.base.clip_skip, chunks=self.config.data.chunks, batch_size=BATCH,
-            progress=progress,
+            clip_skip=self.config.base.clip_skip, chunks=self.config.data.chunks,
+            batch_size=self.config.evaluate.batch_size, progress=progress,
         )  # fmt: skip
 
     def _maps(self, pictures: Tensor) -> tuple[list[overlays.Map], list[overlays.Map]]:

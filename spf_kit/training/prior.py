@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, str], None]
 SEED = 1_000_000  # prior pictures have other noise than previews and evaluation
-BATCH = 16
 
 
 def draw(
@@ -39,7 +38,7 @@ def draw(
     side = config.data.resolution // config.data.bucket_step * config.data.bucket_step
     pictures = generate(
         family, texts, [SEED + config.train.seed * prior.count + i for i in range(prior.count)],
-        steps=prior.steps, cfg=prior.cfg, width=side, height=side, batch_size=BATCH,
+        steps=prior.steps, cfg=prior.cfg, width=side, height=side, batch_size=config.evaluate.batch_size,
         clip_skip=config.base.clip_skip, chunks=config.data.chunks, progress=progress,
     )  # fmt: skip
     with atomic(folder, folder=True) as temporary:

@@ -157,6 +157,8 @@ def open_session(
     split = Split.of(config.train.batch_size, processes.process_index, processes.num_processes, began)
     warnings = [*dataset.report.lines(), *optimizers.advice(config.train), *launch.advice(), *split.advice()]
     warnings += idle
+    if config.base.offload and processes.device.type != "cuda":
+        warnings.append("base.offload = true has no effect here: there is no CUDA GPU that could be relieved")
     report(len(dataset), len(dataset), {"phase": "reading pictures", "warnings": warnings})
     if processes.is_main_process and not folder.config.is_file():
         folder.claim(resolved)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("--set", "evaluate.enabled=false", "--set", "preview.every=0")
+QUICK = ("--set", "evaluate.enabled=false", "--set", "preview.every=0", "--set", "calibrate.enabled=false")
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,17 @@ def test_a_run_folder_that_exists_is_refused(spf_kit, run: Path) -> None:
 
 
 def test_a_finished_run_grows_and_is_measured_again(spf_kit, tmp_path: Path) -> None:
-    quick = ("--set", "preview.every=0", "--set", "evaluate.count=1", "--set", "evaluate.steps=1", "--json")
+    quick = (
+        "--set",
+        "calibrate.enabled=false",
+        "--set",
+        "preview.every=0",
+        "--set",
+        "evaluate.count=1",
+        "--set",
+        "evaluate.steps=1",
+        "--json",
+    )
     first = spf_kit("train", "glasses", "--steps", "1", *quick)
     assert first.code == 0, first.err
     sheet = tmp_path / "runs/glasses/contact-sheet.png"

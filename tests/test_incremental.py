@@ -43,7 +43,16 @@ SMALL = [
 ]  # fmt: skip
 WEIGHT = 0.8
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
-QUICK = ("--set", "evaluate.count=2", "--set", "evaluate.steps=2", "--set", "preview.every=0")
+QUICK = (
+    "--set",
+    "evaluate.count=2",
+    "--set",
+    "evaluate.steps=2",
+    "--set",
+    "preview.every=0",
+    "--set",
+    "calibrate.enabled=false",
+)
 torch.set_num_threads(1)
 
 

@@ -135,6 +135,8 @@ def test_the_wheel_works_alone_and_finds_a_third_partys_plugin(wheel: Path, tmp_
         "--set",
         "evaluate.enabled=false",
         "--set",
+        "calibrate.enabled=false",
+        "--set",
         "preview.every=0",
         "--set",
         "loss.theirs.plugin=theirs",

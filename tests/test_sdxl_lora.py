@@ -255,7 +255,7 @@ def test_commands_from_training_to_merging(
         "base.dtype=float32", "train.mixed_precision=no", "train.log_tensorboard=false", "preview.every=2",
         "preview.count=1", "preview.steps=2", "evaluate.count=1", "evaluate.steps=2", "train.optimizer=adamw",
         'adapter.targets=["cross-attention", "text-encoder"]', "train.drift_every=2",
-        "train.checkpoint_every=0",
+        "train.checkpoint_every=0", "calibrate.enabled=false",
         'loss.text_consistency.layers=["all"]', 'loss.fine_grained.layers=["all"]',
     ]  # fmt: skip
     options = [part for text in sets for part in ("--set", text)]

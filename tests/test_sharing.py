@@ -19,7 +19,7 @@ from spf_kit.sharing.card import Facts, Picture, card
 
 SHORT = [
     "--steps", "2", "--set", "evaluate.count=2", "--set", "evaluate.steps=2", "--set", "preview.every=0",
-    "--set", "data.cache=none",
+    "--set", "data.cache=none", "--set", "calibrate.enabled=false",
 ]  # fmt: skip
 
 

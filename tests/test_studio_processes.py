@@ -16,7 +16,7 @@ import pytest
 from spf_kit.errors import UserError
 from spf_kit.studio import processes
 
-QUICK = ("--set", "evaluate.enabled=false", "--set", "preview.every=0")
+QUICK = ("--set", "evaluate.enabled=false", "--set", "preview.every=0", "--set", "calibrate.enabled=false")
 PATIENCE = 400  # seconds; a run yields to whatever else the machine does
 
 

@@ -26,7 +26,7 @@ WIDE, NARROW = (1280, 900), (390, 844)
 SHORT = [
     "--steps", "4", "--set", "preview.every=2", "--set", "preview.steps=2", "--set", "preview.count=2",
     "--set", "evaluate.count=3", "--set", "evaluate.steps=2", "--set", "train.log_tensorboard=false",
-    "--set", 'loss.control_map.plugin="control_map"',
+    "--set", 'loss.control_map.plugin="control_map"', "--set", "calibrate.enabled=false",
 ]  # fmt: skip
 
 
@@ -159,6 +159,7 @@ def start_run(page: Page, name: str, *, pictures: str, steps: int, preview_every
     set_number(page, "preview.every", preview_every)
     for section, values in {
         "preview": {"preview.count": 1, "preview.steps": 2},
+        "calibrate": {"calibrate.count": 1, "calibrate.steps": 1},
         "evaluate": {"evaluate.count": 2, "evaluate.steps": 2},
     }.items():
         page.get_by_role("button", name=re.compile(rf"^\[{section}\]")).click()

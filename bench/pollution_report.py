@@ -39,7 +39,7 @@ def write(folder: Path, results: Path) -> None:
 
 
 def last(cell: Cell) -> dict[str, Any]:
-    """The recipe's own result: its last step at full strength."""
+    """The recipe's own result: its last step at the strength that was chosen."""
     return cell["points"][-1]
 
 
@@ -56,18 +56,19 @@ def mean(cells: Sequence[Cell], key: str, of: Callable[[Cell], dict[str, Any]] =
 
 def curve(cells: Sequence[Cell]) -> list[tuple[float, float, str]]:
     """(response, pollution, which) of each point of a recipe, means over attributes and seeds."""
-    points: dict[tuple[int, float], list[dict[str, Any]]] = defaultdict(list)
+    points: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for cell in cells:
         for point in cell["points"]:
-            points[point["step"], point["strength"]].append(point)
+            points[f"step {point['step']} x {point['strength']:g}"].append(point)
+        points["chosen"].append(last(cell))  # each cell's own strength
     whole = max(map(len, points.values()))
     return sorted(
         (
             fmean(p["response"] for p in found),
             fmean(p["pollution"] for p in found),
-            f"step {step} x {strength:g}",
+            name,
         )
-        for (step, strength), found in points.items()
+        for name, found in points.items()
         if len(found) == whole
     )
 
@@ -99,7 +100,8 @@ def markdown(cells: list[Cell]) -> str:
         "`pollution` is the base's preservation minus the recipe's: the share of other attributes that "
         "change beyond what the base itself changes when the words are added. `matched` is the pollution at "
         f"{REFERENCE}'s response, along the recipe's curve over steps and strengths (–: never reaches it). "
-        "`cost` is a late training step beside a naive one. ± is the standard error over the cells.",
+        "`cost` is a late training step beside a naive one. ± is the standard error over the cells. "
+        "`strength` is the mean of those that were chosen after the training (docs/strength.md).",
         "",
         *overview(recipes),
         *checks(recipes),
@@ -116,14 +118,28 @@ def markdown(cells: list[Cell]) -> str:
 def overview(recipes: dict[str, list[Cell]]) -> list[str]:
     naive = mean_pace(recipes.get("naive", []))
     goal = mean(recipes[REFERENCE], "response") if REFERENCE in recipes else None
-    heads = ["recipe", "cells", *(key.replace("_", " ") for key in KEYS), "matched", "cost"]
+    heads = ["recipe", "cells", "strength", *(key.replace("_", " ") for key in KEYS), "matched", "cost"]
     lines = [_row(heads), _row(["---"] * len(heads))]
     everything = [cell for found in recipes.values() for cell in found]
     base = [
         mean(everything, key, lambda c: last(c)["base"]) for key in ("response", "preservation", "leakage")
     ]
     lines.append(
-        _row(["base model", "", f"{base[0]:.3f}", f"{base[1]:.3f}", "0", f"{base[2]:.3f}", "0", "0", "", ""])
+        _row(
+            [
+                "base model",
+                "",
+                "",
+                f"{base[0]:.3f}",
+                f"{base[1]:.3f}",
+                "0",
+                f"{base[2]:.3f}",
+                "0",
+                "0",
+                "",
+                "",
+            ]
+        )
     )
     for name, found in recipes.items():
         at = matched(curve(found), goal) if goal is not None else None
@@ -132,7 +148,10 @@ def overview(recipes: dict[str, list[Cell]]) -> list[str]:
             for key in KEYS
         ]
         cost = f"{mean_pace(found) / naive:.2f}" if naive else "–"
-        lines.append(_row([name, str(len(found)), *numbers, "–" if at is None else f"{at:.3f}", cost]))
+        strength = f"{mean(found, 'strength'):.2f}"
+        lines.append(
+            _row([name, str(len(found)), strength, *numbers, "–" if at is None else f"{at:.3f}", cost])
+        )
     return lines
 
 
@@ -146,12 +165,13 @@ def checks(recipes: dict[str, list[Cell]]) -> list[str]:
     """How the reference stands beside naive, each as a sentence with its numbers."""
     if not {REFERENCE, "naive"} <= recipes.keys():
         return []
-    own = recipes[REFERENCE]
-    naive = [
-        c
-        for c in recipes["naive"]
-        if (c["attribute"], c["seed"]) in {(d["attribute"], d["seed"]) for d in own}
-    ]
+    pairs = [{(c["attribute"], c["seed"]) for c in recipes[name]} for name in (REFERENCE, "naive")]
+    own, naive = (
+        [c for c in recipes[name] if (c["attribute"], c["seed"]) in pairs[0] & pairs[1]]
+        for name in (REFERENCE, "naive")
+    )
+    if not own:
+        return []
     means = {key: (mean(own, key), mean(naive, key)) for key in ("response", "pollution", "leakage")}
     worst = {
         key: choose((mean(found, key), name) for name, found in by(own, "attribute").items())

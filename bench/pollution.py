@@ -305,7 +305,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--curve-count", type=int, default=48, help="prompts of the curve's other points")
     parser.add_argument("--steps", type=int, default=10, help="of the sampler, DDIM")
-    parser.add_argument("--last-only", action="store_true", help="no curve: the last step at strength 1")
+    parser.add_argument("--last-only", action="store_true", help="no curve: the last step alone")
     parser.add_argument("--set", dest="sets", action="append", default=[], help="a key, in every recipe")
     parser.add_argument(
         "--calibrate", action=argparse.BooleanOptionalAction, default=True, help="choose each LoRA's strength"

@@ -124,23 +124,8 @@ def overview(recipes: dict[str, list[Cell]]) -> list[str]:
     base = [
         mean(everything, key, lambda c: last(c)["base"]) for key in ("response", "preservation", "leakage")
     ]
-    lines.append(
-        _row(
-            [
-                "base model",
-                "",
-                "",
-                f"{base[0]:.3f}",
-                f"{base[1]:.3f}",
-                "0",
-                f"{base[2]:.3f}",
-                "0",
-                "0",
-                "",
-                "",
-            ]
-        )
-    )
+    shares = [f"{value:.3f}" for value in base]
+    lines.append(_row(["base model", "", "", *shares[:2], "0", shares[2], "0", "0", "", ""]))
     for name, found in recipes.items():
         at = matched(curve(found), goal) if goal is not None else None
         numbers = [

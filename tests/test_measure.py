@@ -400,6 +400,8 @@ def test_prompts_come_from_the_user_the_base_or_the_captions(
     assert measuring.prompts_of(family, QUICK.prompts, ["c", "d", "c"]) == ["c", "d"]
     with pytest.raises(UserError, match=r"evaluate\.prompts"):
         measuring.prompts_of(family, QUICK.prompts, [])
+    with pytest.raises(UserError, match=r"calibrate\.prompts"):
+        measuring.prompts_of(family, [], [" "], key="calibrate.prompts")
 
 
 def test_a_base_that_no_classifier_knows(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:

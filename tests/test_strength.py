@@ -258,7 +258,7 @@ def test_what_cannot_be_scaled_is_left_as_trained(train: Callable[..., Any]) -> 
 def test_without_a_clip_pair_the_strength_stays(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spf_kit.measure.strength.folder_of", lambda family, model: None)
+    monkeypatch.setattr("spf_kit.measure.strength.watching", lambda family, model: None)
     result = train("calibrate.enabled=true")
     assert result.code == 0
     assert result.json["strength"] is None

@@ -34,6 +34,15 @@ def folder_of(family: Family, model: str | Path | None) -> Path | None:
     return embedded.base_path() / "clip"
 
 
+def watching(family: Family, model: str | Path | None) -> ClipPair | None:
+    """The pair that looks at drawn pictures, if there is one: on the CPU where the base's modules take turns.
+
+    Raises UserError if it cannot be loaded.
+    """
+    folder = folder_of(family, model)
+    return ClipPair.load(folder, device="cpu" if family.offload else family.device) if folder else None
+
+
 class ClipPair:
     """A CLIP image and text tower, frozen.
 

@@ -34,7 +34,7 @@ from spf_kit.adapters.metadata import STRENGTH_KEY, parse_json
 from spf_kit.adapters.weights import parse
 from spf_kit.data.captions import Caption, derive, fit
 from spf_kit.errors import UserError
-from spf_kit.measure.clip import CLIP_KEY, ClipPair, folder_of
+from spf_kit.measure.clip import CLIP_KEY, ClipPair, watching
 from spf_kit.measure.judges import ByAttributes, ByPixels, Judge, Pictures
 from spf_kit.measure.rows import Progress, Row, Setup, row_of
 
@@ -156,12 +156,17 @@ def setup_of(family: Family, config: schema.Evaluate, attribute: schema.Attribut
 
 
 def prompts_of(
-    family: Family, prompts: Sequence[str], captions: Sequence[str], split: str = "evaluate"
+    family: Family,
+    prompts: Sequence[str],
+    captions: Sequence[str],
+    split: str = "evaluate",
+    *,
+    key: str = "evaluate.prompts",
 ) -> list[str]:
     """The prompts to draw with: the user's, the embedded base's of a split, or the captions of the data, each
     once.
 
-    Raises UserError if there are none.
+    Raises UserError, naming the `key` that would give some, if there are none.
     """
     if prompts:
         found: Sequence[str] = prompts
@@ -174,8 +179,8 @@ def prompts_of(
     unique = list(dict.fromkeys(text for text in found if text.strip()))
     if not unique:
         raise UserError(
-            "there are no prompts to evaluate with: set evaluate.prompts (captions without the target), "
-            "or give --prompts FILE"
+            f"there are no prompts to draw: set {key} (captions without the target)"
+            + ", or give --prompts FILE" * (key == "evaluate.prompts")
         )
     return unique
 
@@ -206,8 +211,7 @@ def _prepare(
     texts = prompts_of(family, config.prompts, captions)
     cases = captions_of(family, texts, attribute.target, config.count, chunks)
     seeds = [config.seed + n for n in range(config.count)]
-    folder = folder_of(family, clip)
-    pair = ClipPair.load(folder, device="cpu" if family.offload else family.device) if folder else None
+    pair = watching(family, clip)
     independent = None if _among(pair, used) else pair
     embedded = family.name == "embedded"
     judge: Judge = ByAttributes(attribute.target, independent) if embedded else ByPixels(independent)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from spf_kit.measure.clip import ClipPair, folder_of
+from spf_kit.measure.clip import watching
 from spf_kit.measure.evaluate import SAMPLER, captions_of, prompts_of
 
 if TYPE_CHECKING:
@@ -131,12 +131,11 @@ def calibrate(
 
     Raises UserError if there are no prompts, or the pair cannot be loaded.
     """
-    folder = folder_of(family, clip)
-    if folder is None:
+    pair = watching(family, clip)
+    if pair is None:
         return None
     family.reload_encoders()
-    pair = ClipPair.load(folder, device="cpu" if family.offload else family.device)
-    texts = prompts_of(family, config.prompts, captions, "tune")
+    texts = prompts_of(family, config.prompts, captions, "tune", key="calibrate.prompts")
     cases = captions_of(family, texts, target, config.count, chunks)
     seeds = [config.seed + n for n in range(config.count)]
     strengths = sorted(set(config.strengths))

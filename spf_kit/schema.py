@@ -201,7 +201,6 @@ class Calibrate(Section):
     seed: int = Field(3000, ge=0, description="seed of the first prompt's picture")
     steps: int = Field(10, ge=1, le=MAX_SAMPLER_STEPS, description="sampler steps")
     cfg: float = Field(5.0, ge=0, description="classifier-free guidance scale")
-    batch_size: int = Field(16, ge=1, description="pictures drawn at once")
 
 
 class Evaluate(Section):
@@ -214,7 +213,7 @@ class Evaluate(Section):
     steps: int = Field(20, ge=1, le=MAX_SAMPLER_STEPS, description="sampler steps")
     cfg: float = Field(5.0, ge=0, description="classifier-free guidance scale")
     batch_size: int = Field(
-        16, ge=1, description="pictures drawn at once, also of previews and prior pictures"
+        16, ge=1, description="pictures drawn at once, in previews, prior pictures and calibration too"
     )
 
 

@@ -97,10 +97,10 @@ def similarities(pictures: Tensor, texts: Sequence[str]) -> Tensor:
 
 
 def test_gains_are_margins_beyond_the_bases(family: Family, handle: AdapterHandle) -> None:
-    config = schema.Calibrate(strengths=[2.0, 0.5], count=3, steps=2, seed=7, batch_size=2)
+    config = schema.Calibrate(strengths=[2.0, 0.5], count=3, steps=2, seed=7)
     handle.set_strength(0.7)
     told: list[tuple[int, int, str]] = []
-    result = calibrate(family, handle, config, TARGET, progress=lambda *at: told.append(at))
+    result = calibrate(family, handle, config, TARGET, batch_size=2, progress=lambda *at: told.append(at))
     assert result is not None
     assert handle.strength == 0.7
     assert handle.enabled

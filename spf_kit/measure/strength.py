@@ -116,6 +116,7 @@ def calibrate(
     captions: Sequence[str] = (),
     clip_skip: int = 1,
     chunks: int = 1,
+    batch_size: int = 16,
     scheduler: str = SAMPLER,
     progress: Progress | None = None,
 ) -> Calibration | None:
@@ -126,7 +127,7 @@ def calibrate(
         target: c_tar, what is asked for.
         clip: folder of a CLIP pair; the embedded base brings its own.
         captions: of the training data; give the prompts where neither `config` nor the base has any.
-        clip_skip, chunks, scheduler: as `generate` takes them.
+        clip_skip, chunks, batch_size, scheduler: as `generate` takes them.
         progress: called as (pictures done, pictures, what).
 
     Raises UserError if there are no prompts, or the pair cannot be loaded.
@@ -150,7 +151,7 @@ def calibrate(
 
         pictures = generate(
             family, [case.full for case in cases], seeds, steps=config.steps, cfg=config.cfg,
-            scheduler=scheduler, clip_skip=clip_skip, chunks=chunks, batch_size=config.batch_size,
+            scheduler=scheduler, clip_skip=clip_skip, chunks=chunks, batch_size=batch_size,
             progress=tell,
         )  # fmt: skip
         return pair.margins(pictures, cases)

@@ -97,6 +97,7 @@ def _calibrate(
             captions=result.captions,
             clip_skip=config.base.clip_skip,
             chunks=config.data.chunks,
+            batch_size=config.evaluate.batch_size,
             progress=progress,
         )
     if found is None:

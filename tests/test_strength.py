@@ -51,6 +51,7 @@ def test_nothing_is_chosen_where_nothing_was_learnt() -> None:
         found((0.6, -0.01, 0.3), (1.0, -0.02, 0.3)),
         found((0.6, 0.0, 0.0)),
         found((1.0, 0.01, 0.5), error=0.01),
+        found((1.0, 0.2, 0.0)),  # nearer to it, and still in no picture
     ):
         assert not nothing.learnt
         assert nothing.as_dict()["chosen"] is None
@@ -243,7 +244,7 @@ def test_where_nothing_was_learnt_the_file_stays_and_a_warning_says_so(
     result = train("calibrate.enabled=true")
     assert result.code == 0
     assert result.json["strength"]["chosen"] is None
-    assert "warning: CLIP sees no more of the target" in result.err
+    assert "warning: CLIP sees no picture of the target" in result.err
     layer = next(iter(files.read(result.json["lora"]).layers.values()))
     assert layer.alpha == layer.rank
 

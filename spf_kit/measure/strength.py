@@ -64,9 +64,10 @@ class Calibration:
 
     @property
     def learnt(self) -> bool:
-        """False where CLIP sees no more of the target at any strength than in the base's pictures, chance
-        apart."""
-        return self.most.gain > 2 * self.most.error
+        """False where CLIP sees the target in no picture, or no more of it at any strength than in the base's
+        pictures, chance apart."""
+        shown = any(answer.response_clip > 0 for answer in self.answers)
+        return shown and self.most.gain > 2 * self.most.error
 
     @property
     def chosen(self) -> Answer:
@@ -94,7 +95,7 @@ class Calibration:
         grid = ", ".join(f"{answer.strength:g}" for answer in self.answers)
         if not self.learnt:
             return (
-                f"CLIP sees no more of the target at any strength ({grid}) than in the base's pictures: the "
+                f"CLIP sees no picture of the target, or no more of it than in the base's, at {grid}: the "
                 "LoRA keeps the strength that it was trained at; train for longer, or look at its pictures"
             )
         most = max(answer.response_clip for answer in self.answers)

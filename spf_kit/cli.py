@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spf_kit import __version__, cli_about, cli_files, cli_studio
+from spf_kit import __version__, cli_about, cli_files, cli_studio, heap
 from spf_kit.cli_options import (
     BaseDtype,
     BaseModel,
@@ -56,6 +56,7 @@ def main() -> None:
     """Entry point of the console script."""
     # at its end Python looks through all objects for cycles, several times: a second and more with torch
     atexit.register(gc.freeze)
+    heap.keep_no_buffers()
     try:
         code = app(standalone_mode=False)
     except Exception as error:  # typer keeps its click, and click's exceptions, to itself

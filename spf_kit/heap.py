@@ -3,7 +3,8 @@
 glibc takes large blocks from the system each by itself and gives them back when they are freed. Yet after the
 first few of them it raises the limit by itself, up to 32 MiB, and puts weights into the heap: what the text
 encoders leave there are holes, which activations then spread over. Weights of their own and a lower limit
-keep the heap small: 0.12 GiB less of a training at Stable Diffusion 1.5's true shape.
+keep the heap small: 0.12 GiB less of a training at Stable Diffusion 1.5's true shape. MKL keeps what it packs
+matrices into for the next product, in each thread: 0.03 GiB there, and products take no longer without.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +23,11 @@ _OWN = 128 * 2**10  # bytes from which a block has a mapping of its own: glibc's
 # half of its last one: the heap grows less by what convolutions copy weights into, and a step takes no
 # longer. Far lower ones cost page faults, half of the time again in convolutions
 _LARGE = 16 * 2**20
+
+
+def keep_no_buffers() -> None:
+    """MKL gives back what it packed matrices into. To be called before torch is imported: then MKL asks."""
+    os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
 
 @contextlib.contextmanager

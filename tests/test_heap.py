@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -45,3 +46,33 @@ def test_weights_lie_beside_the_heap() -> None:
     before, meanwhile, after = map(int, done.stdout.split())
     assert before == after == 0
     assert meanwhile > 200, "but for what still fits into the 130 that were freed"
+
+
+STATUS = """
+import ctypes
+import sys
+from pathlib import Path
+from spf_kit import heap
+
+if sys.argv[1:]:
+    heap.keep_no_buffers()
+import torch
+
+torch.randn(300, 300) @ torch.randn(300, 300)
+library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+print(library.mkl_serv_get_fast_mm_status() if hasattr(library, "mkl_serv_get_fast_mm_status") else "none")
+"""
+
+
+def test_products_keep_no_buffers() -> None:
+    """As MKL itself says it."""
+
+    def status(*words: str) -> str:
+        command = [sys.executable, "-c", STATUS, *words]
+        bare = {name: value for name, value in os.environ.items() if name != "MKL_DISABLE_FAST_MM"}
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=bare).stdout.strip()
+
+    if status() == "none":
+        pytest.skip("torch without MKL")
+    assert status() == "0"
+    assert status("none") == "1"

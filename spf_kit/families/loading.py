@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spf_kit import heap
 from spf_kit.errors import UserError
-from spf_kit.families import quantized
+from spf_kit.families import convolutions, quantized
 from spf_kit.families.sources import Source, read
 
 TEXT_LEVEL = "text_model."
@@ -84,6 +84,8 @@ def _load(
         raise UserError(_misfit(source, component, missing, unknown))
     module.load_state_dict(state, strict=True, assign=True)
     module.to(device)  # the text encoder's positions are a buffer, which files do not hold
+    if channels_last:
+        convolutions.few_pixels(module)
     return module.requires_grad_(False).eval()
 
 

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from common import write_checkpoint
 
 from spf_kit import config
+from spf_kit.data.split import Split
 from spf_kit.embedded import data_path
 from spf_kit.training import compiled, session
 from spf_kit.training.run_folder import RunFolder
@@ -101,7 +102,8 @@ def ours(s: Session, recipe: str, batch: int) -> Callable[[], None]:
     name, sets = OURS[recipe]
     plugins = config.load("glasses", recipe=name, sets=sets).plugins
     train = s.config.train.model_copy(update={"batch_size": batch})
-    mine = replace(s, plugins=plugins, config=s.config.model_copy(update={"train": train}))
+    changed = s.config.model_copy(update={"train": train})
+    mine = replace(s, plugins=plugins, config=changed, split=Split.of(batch, 0, 1))
     numbers = iter(range(STEPS // 2 + 1, STEPS))
 
     def step() -> None:

@@ -58,8 +58,9 @@ class ByAttributes:
 
     Kept are all attributes but the target's and those that the target covers (a winter hat covers hair). What
     cannot be seen in either of two pictures is not compared: dreadlocks fall over a blazer's colour, and the
-    classifier, which has to say something, says another colour at the slightest change. A target phrase that
-    it does not know is left to the CLIP pair; then the target covers nothing.
+    classifier, which has to say something, says another colour at the slightest change. Nor is, but for the
+    target's own attribute, what it cannot tell in the base's picture: a mouth between sad and smiling. A
+    target phrase that it does not know is left to the CLIP pair; then the target covers nothing.
     """
 
     def __init__(
@@ -72,8 +73,10 @@ class ByAttributes:
         self.clip = clip
         self.name = "attribute classifier"
         covered: Sequence[str] = ()
+        self.own: str | None = None  # the attribute that the target is a value of
         if self.target is not None:
-            covered = (TARGETS[self.target][0], *COVERED[self.target])
+            self.own = TARGETS[self.target][0]
+            covered = (self.own, *COVERED[self.target])
         elif clip is not None:
             self.name += f"; response by {clip.name}"
         else:
@@ -82,11 +85,12 @@ class ByAttributes:
 
     def __call__(self, model: Pictures, base: Pictures, captions: Sequence[Caption]) -> list[Verdict]:
         seen_asked, seen_plain, seen_base = map(self.judge.read, (model.asked, model.plain, base.plain))
-        responds = self._responds(model.asked, captions)
+        told, responds = self.judge.told(base.plain), self._responds(model.asked, captions)
         verdicts = []
         for n in range(len(captions)):
-            rest, changed = compared(seen_base[n], seen_asked[n], self.rest)
-            leaked = compared(seen_base[n], seen_plain[n], self.judge.attributes)[1]
+            rest, changed = compared(seen_base[n], seen_asked[n], [a for a in self.rest if a in told[n]])
+            plain = [a for a in self.judge.attributes if a in told[n] or a == self.own]
+            leaked = compared(seen_base[n], seen_plain[n], plain)[1]
             verdicts.append(Verdict(responds[n], 1 - len(changed) / max(1, len(rest)), changed, leaked))
         return verdicts
 

@@ -26,7 +26,7 @@ def layer(**settings: object) -> nn.Conv2d:
     return made.requires_grad_(False)
 
 
-@pytest.mark.parametrize("size", [(1, 4, 4), (1, 1, 1), (2, 3, 5), (4, 4, 4), (1, 9, 8)])
+@pytest.mark.parametrize("size", [(1, 4, 4), (1, 1, 1), (2, 3, 5), (4, 4, 4), (1, 17, 16)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_are_the_convolution(size: tuple[int, int, int], bias: bool) -> None:
     """The picture and its gradient, beside float64's own convolution."""
@@ -58,10 +58,10 @@ def products(made: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> int
 def test_only_few_pixels_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     made = layer()
     few_pixels(made)
-    assert products(made, torch.randn(1, 6, 8, 8), monkeypatch) == 1
-    assert products(made, torch.randn(1, 6, 8, 9), monkeypatch) == 0
+    assert products(made, torch.randn(1, 6, 16, 16), monkeypatch) == 1
+    assert products(made, torch.randn(1, 6, 16, 17), monkeypatch) == 0
     made.weight.data = made.weight.data.contiguous()  # the matrix would be a copy
-    assert products(made, torch.randn(1, 6, 8, 8), monkeypatch) == 0
+    assert products(made, torch.randn(1, 6, 16, 16), monkeypatch) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MANY = 3_600_000  # weights, as 640 to 640 channels have
-FEW = 64  # pixels of all pictures together
+FEW = 256  # pixels of all pictures together
 
 
 class FewPixels(nn.Conv2d):

@@ -72,7 +72,7 @@ def main() -> None:
             for dtype, recipe in product(options.dtype, options.recipe):
                 run = folder / f"{stored}-{dtype}-{recipe}"
                 peak = train(checkpoint, data, run, recipe, dtype, options.pixels, options.steps)
-                print(f"| {stored} | {dtype} | {recipe} | {peak / GIB:.3f} | {LIMITS[dtype]} |", flush=True)
+                print(f"| {stored} | {dtype} | {recipe} | {peak / GIB:.2f} | {LIMITS[dtype]} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 ATTRIBUTES = ("glasses", "sunglasses", "eyepatch", "beard", "moustache", "winter-hat")
 COUNT = 96
 DRIFT_COUNT = 24
+SURE = 0.8  # probability, for `pollution_sure`
 OF_PLAIN = ("leakage", "leaked", "drift_plain", "drift_target", "ssim_plain", "mae_plain")
 
 
@@ -190,6 +191,8 @@ class Measured:
         found = {
             **numbers,
             "pollution": of_base["preservation"] - row["preservation"],
+            "pollution_sure": surely_changed(setup, self.lora, self.base)
+            - surely_changed(setup, self.base, self.base),
             "base": {key: of_base[key] for key in ("response", "preservation", "leakage", "response_clip")},
             "changed": row["changed"],
             "leaked": row["leaked"],
@@ -207,6 +210,21 @@ class Measured:
         with self.handle.disabled():
             plain, asked = few.probes(Pictures(self.base.asked[:DRIFT_COUNT], self.base.plain[:DRIFT_COUNT]))
         return float(plain.measure().mean()), float(asked.measure().mean())
+
+
+def surely_changed(setup: Any, model: Any, base: Any) -> float:
+    """Mean share of the other attributes that were one thing and are another, the judge sure of both."""
+    from spf_kit.measure.judges import compared
+
+    judge, rest = setup.judge.judge, setup.judge.rest
+    before, after = judge.probabilities(base.plain), judge.probabilities(model.asked)
+    seen = list(zip(judge.read(base.plain), judge.read(model.asked), judge.told(base.plain), strict=True))
+    shares = []
+    for n, (was, now, told) in enumerate(seen):
+        visible, changed = compared(was, now, [name for name in rest if name in told])
+        sure = [name for name in changed if min(before[name][n].max(), after[name][n].max()) >= SURE]
+        shares.append(len(sure) / max(1, len(visible)))
+    return sum(shares) / len(shares)
 
 
 @dataclass

@@ -170,8 +170,18 @@ def checks(recipes: dict[str, list[Cell]]) -> list[str]:
         "",
         f"- {said['response']}; the least is {worst['response'][0]:.3f} ({worst['response'][1]})",
         f"- {said['pollution']}" + (f": {ours / theirs:.2f} of it" if theirs > 0 else ""),
+        *sure_of(own, naive),
         f"- {said['leakage']}; the most is {worst['leakage'][0]:.3f} ({worst['leakage'][1]})",
     ]
+
+
+def sure_of(own: Sequence[Cell], naive: Sequence[Cell]) -> list[str]:
+    """Nothing where cells are older than this number."""
+    if not all("pollution_sure" in last(cell) for cell in (*own, *naive)):
+        return []
+    ours, theirs = mean(own, "pollution_sure"), mean(naive, "pollution_sure")
+    share = f": {ours / theirs:.2f} of it" if theirs > 0 else ""
+    return [f"- of it, changes from and to what the judge is sure of: {ours:.4f} against {theirs:.4f}{share}"]
 
 
 def mean_pace(cells: Sequence[Cell]) -> float:
@@ -207,6 +217,7 @@ def table_of_points(cells: list[Cell]) -> str:
         "strength",
         "count",
         *KEYS,
+        "pollution_sure",
         "response_clip",
         "seconds_per_step_late",
     ]

@@ -11,6 +11,7 @@ have random weights, and hold one model at a time: its memory format is changed 
     floor                 UNet forward, mean square, backward to the adapter's weights, nothing else
     naive                 our step with the recipe naive: data, noise, losses, backward, clipping, AdamW
     naive, contiguous     the same in the other memory format ("naive, channels_last" where that is the other)
+    naive, convolutions   where channels are last: with oneDNN's in place of products of matrices
     spf                   our step with the recipe spf in its second stage
     spf-paper             the same of spf-paper, response enhancement apart
     naive, compiled       with --compiled: train.compile = "regional"; what the first step took is told apart
@@ -43,6 +44,7 @@ from common import write_checkpoint
 from spf_kit import config
 from spf_kit.data.split import Split
 from spf_kit.embedded import data_path
+from spf_kit.families import convolutions
 from spf_kit.training import compiled, session
 from spf_kit.training.run_folder import RunFolder
 from spf_kit.training.session import Session
@@ -131,6 +133,19 @@ def compiled_ours(s: Session, recipe: str, batch: int) -> Callable[[], None]:
     took = f"{cpu_seconds() - cpu:.1f} CPU s, {time.perf_counter() - wall:.1f} s"
     print(f"the first compiled step of {recipe}: {took}", flush=True)
     return step
+
+
+def without_products(step: Callable[[], None]) -> Callable[[], None]:
+    """The same with torch's own convolutions everywhere."""
+
+    def plain() -> None:
+        few, convolutions.FEW = convolutions.FEW, 0
+        try:
+            step()
+        finally:
+            convolutions.FEW = few
+
+    return plain
 
 
 def floor(s: Session, batch: int, pixels: int) -> Callable[[], None]:
@@ -226,10 +241,12 @@ def measured(
     of it is not counted."""
     as_loaded = is_channels_last(s.family.unet)
     other = "naive, contiguous" if as_loaded else "naive, channels_last"
+    products = {"naive, convolutions": Row(without_products(ours(s, "naive", batch)), True)}
     rows = {
         "floor": Row(floor(s, batch, pixels), as_loaded),
         **{name: Row(ours(s, name, batch), as_loaded) for name in OURS},
         other: Row(ours(s, "naive", batch), not as_loaded),
+        **(products if as_loaded else {}),
         "diffusers, latents": Row(diffusers_loop(s, batch, pixels, cached=True), False),
         "diffusers": Row(diffusers_loop(s, batch, pixels, cached=False), False),
     }

@@ -1,13 +1,13 @@
 """What the attribute judge takes for pollution in perfect edits, and for a change in noise that nobody sees.
 
     pip install -e ".[embedded-build]"
-    python bench/judge_floor.py [--count 400] [--drawn 288]
+    python bench/judge_floor.py [--count 400] [--drawn 288] [--prompts tune]
 
 Renders portraits twice, without and with a target attribute, by the same random numbers: nothing else differs
 but what the attribute covers. Pollution as `bench/pollution.py` counts it, the share of the other attributes
 that the judge sees changed, should be 0; what it is instead, no training can be told from.
 
-Then the base model draws the tuning prompts, and noise of a mean size of 0.005, white and smooth, is added to
+Then the base model draws prompts, and noise of a mean size of 0.005, white and smooth, is added to
 its pictures 20 times: the share of readings that turn, by the probability that the judge gave them before.
 Prints Markdown.
 """
@@ -49,10 +49,7 @@ def perfect_edits(judge: AttributeJudge, count: int) -> None:
         edited = pictures([portrait | {attribute: value} for portrait in portraits])
         response = judge.shows(edited, target).float().mean()
         rest = [name for name in judge.attributes if name not in (attribute, *COVERED[target])]
-        pairs = [
-            compared(a, b, [name for name in rest if name in sure])
-            for a, b, sure in zip(before, judge.read(edited), told)
-        ]
+        pairs = [compared(a, b, rest, sure) for a, b, sure in zip(before, judge.read(edited), told)]
         names = Counter(name for _, changed in pairs for name in changed)
         means.append(sum(len(changed) / len(seen) for seen, changed in pairs) / count)
         named = ", ".join(f"{name} {times / count:.3f}" for name, times in names.most_common())
@@ -70,8 +67,8 @@ def noise(shape: torch.Size, smooth: bool, draw: torch.Generator) -> Tensor:
     return found * (0.005 / found.abs().mean())
 
 
-def turned_by_noise(judge: AttributeJudge, count: int) -> None:
-    texts, family = embedded.prompts("tune"), families.load(schema.Base())
+def turned_by_noise(judge: AttributeJudge, split: str, count: int) -> None:
+    texts, family = embedded.prompts(split), families.load(schema.Base())
     prompts = [texts[n % len(texts)] for n in range(count)]
     drawn = generate(family, prompts, range(5000, 5000 + count), steps=10, batch_size=16)
     before, draw = judge.probabilities(drawn), torch.Generator().manual_seed(0)
@@ -93,12 +90,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--count", type=int, default=400, help="portraits")
     parser.add_argument("--drawn", type=int, default=288, help="pictures of the base")
+    parser.add_argument("--prompts", choices=["tune", "evaluate"], default="tune")
     options = parser.parse_args()
     torch.set_num_threads(1)
     judge = AttributeJudge.load()
     perfect_edits(judge, options.count)
     print()
-    turned_by_noise(judge, options.drawn)
+    turned_by_noise(judge, options.prompts, options.drawn)
 
 
 if __name__ == "__main__":

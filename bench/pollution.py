@@ -221,7 +221,7 @@ def surely_changed(setup: Any, model: Any, base: Any) -> float:
     seen = list(zip(judge.read(base.plain), judge.read(model.asked), judge.told(base.plain), strict=True))
     shares = []
     for n, (was, now, told) in enumerate(seen):
-        visible, changed = compared(was, now, [name for name in rest if name in told])
+        visible, changed = compared(was, now, rest, told)
         sure = [name for name in changed if min(before[name][n].max(), after[name][n].max()) >= SURE]
         shares.append(len(sure) / max(1, len(visible)))
     return sum(shares) / len(shares)

@@ -137,8 +137,8 @@ class AttributeJudge:
     def told(self, images: Tensor) -> list[set[str]]:
         """(B, 3, H, W) in [0, 1] to the attributes of each picture whose value is likelier than all others
         together. Of the rest the judge cannot say what the picture shows, and says another value at the
-        slightest change: noise that nobody sees turns 0.1 to 0.2 of these readings, and none of the others
-        (bench/judge_floor.py)."""
+        slightest change: noise that nobody sees turns 0.1 to 0.3 of these readings, a few of those up to
+        0.6, and none of the others (bench/judge_floor.py)."""
         likely = {name: (p.amax(1) >= SURE).tolist() for name, p in self.probabilities(images).items()}
         return [{name for name in likely if likely[name][n]} for n in range(len(images))]
 

@@ -9,7 +9,7 @@ Shapes: N prompts, H x W pixels, pictures (N, 3, H, W) in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -88,9 +88,9 @@ class ByAttributes:
         told, responds = self.judge.told(base.plain), self._responds(model.asked, captions)
         verdicts = []
         for n in range(len(captions)):
-            rest, changed = compared(seen_base[n], seen_asked[n], [a for a in self.rest if a in told[n]])
-            plain = [a for a in self.judge.attributes if a in told[n] or a == self.own]
-            leaked = compared(seen_base[n], seen_plain[n], plain)[1]
+            rest, changed = compared(seen_base[n], seen_asked[n], self.rest, told[n])
+            also = told[n] | {self.own} if self.own else told[n]
+            leaked = compared(seen_base[n], seen_plain[n], self.judge.attributes, also)[1]
             verdicts.append(Verdict(responds[n], 1 - len(changed) / max(1, len(rest)), changed, leaked))
         return verdicts
 
@@ -104,13 +104,14 @@ class ByAttributes:
 
 
 def compared(
-    base: Mapping[str, str], seen: Mapping[str, str], attributes: Iterable[str]
+    base: Mapping[str, str], seen: Mapping[str, str], attributes: Iterable[str], told: Collection[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Which of the attributes can be seen in both pictures, and which of these differ."""
+    """Which of the attributes can be seen in both pictures and `told` of the base's, and which of these
+    differ."""
     from spf_kit.embedded.judge import hidden
 
     # what hides something and came or went has itself changed, and says so
-    visible = tuple(a for a in attributes if a not in hidden(base) | hidden(seen))
+    visible = tuple(a for a in attributes if a in told and a not in hidden(base) | hidden(seen))
     return visible, tuple(a for a in visible if base[a] != seen[a])
 
 

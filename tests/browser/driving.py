@@ -99,6 +99,28 @@ def go(page: Page, tab: str) -> None:
     """Turn to a tab."""
     page.get_by_role("tab", name=tab, exact=True).click()
     page.get_by_role("heading", name=tab, exact=True).wait_for()
+    _settle(page)
+
+
+def unfold(page: Page, part: str | re.Pattern[str], first: Locator) -> None:
+    """Open a part of a page that is folded away, which shows the control `first`."""
+    page.get_by_role("button", name=part).click()
+    first.wait_for()
+    _settle(page)
+
+
+def few_steps(page: Page) -> None:
+    """Draw with two steps of the sampler, on the page "Try"."""
+    steps = page.get_by_role("spinbutton", name="Sampler steps")
+    unfold(page, "Base model and sampler", steps)
+    steps.fill("2")
+
+
+def _settle(page: Page) -> None:
+    """Wait two frames. One frame after a tab or a folded part was opened, gradio writes the values that the page
+    began with into it once more, which would undo what a quick hand has filled in by then."""
+    frame = "new Promise(requestAnimationFrame)"
+    page.evaluate(f"async () => {{ await {frame}; await {frame}; }}")
 
 
 def shoot(page: Page, name: str) -> Path:
@@ -162,7 +184,8 @@ def start_run(page: Page, name: str, *, pictures: str, steps: int, preview_every
         "calibrate": {"calibrate.count": 1, "calibrate.steps": 1},
         "evaluate": {"evaluate.count": 2, "evaluate.steps": 2},
     }.items():
-        page.get_by_role("button", name=re.compile(rf"^\[{section}\]")).click()
+        first = page.get_by_role("spinbutton", name=next(iter(values)), exact=True)
+        unfold(page, re.compile(rf"^\[{section}\]"), first)
         for key, value in values.items():
             set_number(page, key, value)
     command = re.compile(rf"train.steps={steps} .*evaluate.steps=2 ")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from driving import Running, choose, go, open_folder, region, set_number, shoot, start_run
+from driving import Running, choose, few_steps, go, open_folder, region, set_number, shoot, start_run
 from PIL import Image
 
 from spf_kit import embedded
@@ -53,8 +53,7 @@ def test_from_sample_pictures_to_a_merged_checkpoint(page: Page, studio: Running
     go(page, "Try")
     page.get_by_role("textbox", name=re.compile("^Prompts")).fill(CAPTION)
     choose(page, "LoRA 1", "story/glasses.safetensors")
-    page.get_by_role("button", name="Base model and sampler").click()
-    set_number(page, "Sampler steps", 2)
+    few_steps(page)
     page.get_by_role("button", name="Draw", exact=True).click()
     page.get_by_text("2 pictures are drawn").wait_for()
 

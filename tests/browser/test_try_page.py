@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from driving import NARROW, Running, choose, go, nameless, region, shoot, train
+from driving import NARROW, Running, choose, few_steps, go, nameless, region, shoot, train, unfold
 from PIL import Image
 
 from spf_kit.sampling.png_info import parse
@@ -32,11 +32,6 @@ def draw(page: Page, *, prompts: str = PROMPTS, **numbers: str) -> None:
     for label, value in numbers.items():
         page.get_by_role("spinbutton", name=label.replace("_", " "), exact=True).fill(value)
     page.get_by_role("button", name="Draw", exact=True).click()
-
-
-def few_steps(page: Page) -> None:
-    page.get_by_role("button", name="Base model and sampler").click()
-    page.get_by_role("spinbutton", name="Sampler steps").fill("2")
 
 
 def test_base_and_lora_are_drawn_under_the_handle_and_saved_as_the_command_line_would(
@@ -109,11 +104,9 @@ def test_several_loras_act_together(page: Page) -> None:
 
 def test_a_drawing_is_stopped_and_another_begun(page: Page) -> None:
     go(page, "Try")
-    page.get_by_role("button", name="Base model and sampler").click()
-    steps, stop = (
-        page.get_by_role("spinbutton", name="Sampler steps"),
-        page.get_by_role("button", name="Stop drawing"),
-    )
+    stop = page.get_by_role("button", name="Stop drawing")
+    steps = page.get_by_role("spinbutton", name="Sampler steps")
+    unfold(page, "Base model and sampler", steps)
     assert stop.is_disabled()
     steps.fill("900")
     draw(page, prompts="a portrait", Pictures_of_each_prompt="60")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from driving import PATIENCE, Running, go, open_folder, region, samples, set_number, start_run
+from driving import PATIENCE, Running, few_steps, go, open_folder, region, samples, start_run
 
 from spf_kit.studio import processes
 from spf_kit.studio.run_state import last_step
@@ -39,8 +39,7 @@ def test_two_pages_edit_one_folder_and_draw_at_once(open_page: Callable[..., Pag
     for page, prompt in ((one, "a portrait, sad"), (two, "a portrait, smiling")):
         go(page, "Try")
         page.get_by_role("textbox", name=re.compile("^Prompts")).fill(prompt)
-        page.get_by_role("button", name="Base model and sampler").click()
-        set_number(page, "Sampler steps", 2)
+        few_steps(page)
     for page in (one, two):
         page.get_by_role("button", name="Draw", exact=True).click()
     for page, prompt in ((one, "a portrait, sad"), (two, "a portrait, smiling")):

@@ -121,41 +121,31 @@ def test_what_operations_return_is_remembered_rightly(case: str) -> None:
 
 # --- with and without values ------------------------------------------------------------------------------
 
-CASES: dict[str, list[str]] = {
-    "naive": ["--recipe naive"],
+CASES: dict[str, list[str]] = {  # several settings each, where none hides what another needs
     "spf": [],
     "spf, all layers": ['loss.text_consistency.layers=["all"]', "train.batch_size=3"],
     "spf-paper": ["--recipe spf-paper"],
     "paper with the VAE": [
-        "--recipe spf-paper",
-        "loss.response_enhancement.decoder=vae",
-        "train.batch_size=1",
+        "--recipe spf-paper", "loss.response_enhancement.decoder=vae", "train.batch_size=1",
     ],
-    "prior-preservation": ["--recipe prior-preservation"],
+    "prior-preservation, lokr": ["--recipe prior-preservation", "adapter.kind=lokr", "adapter.factor=4"],
     "output-preservation": ["--recipe output-preservation"],
-    "inverted-mask": ["--recipe inverted-mask"],
-    "checkpointing": ["train.gradient_checkpointing=true"],
-    "text encoder": ['adapter.targets=["cross-attention","text-encoder"]', "--recipe naive"],
-    "bf16": ["train.mixed_precision=bf16", "train.gradient_checkpointing=true"],
-    "half": ["base.dtype=bfloat16", "--recipe naive"],
-    "sliced": ["base.attention=sliced", "--recipe naive"],
-    "accumulation, EMA, SGD": [
-        "train.gradient_accumulation=2",
-        "train.ema=0.9",
+    "inverted-mask, checkpointing": ["--recipe inverted-mask", "train.gradient_checkpointing=true"],
+    "text encoder, loha": [
+        "--recipe naive", 'adapter.targets=["cross-attention","text-encoder"]', "adapter.kind=loha",
+    ],
+    "bf16, checkpointing": ["train.mixed_precision=bf16", "train.gradient_checkpointing=true"],
+    "half, sliced": ["--recipe naive", "base.dtype=bfloat16", "base.attention=sliced"],
+    "fp8, accumulation, EMA, SGD": [
+        "--recipe naive", "base.quantize=fp8", "train.gradient_accumulation=2", "train.ema=0.9",
         "train.optimizer=sgd",
-        "--recipe naive",
     ],
     "walk": [
-        "loss.output_preservation.walk=10",
-        'loss.output_preservation.mask=""',
+        "loss.output_preservation.walk=10", 'loss.output_preservation.mask=""',
         "loss.output_preservation.inside=0.0",
     ],
-    "dora": ["adapter.dora=true", "--recipe naive"],
-    "loha": ["adapter.kind=loha", "--recipe naive"],
-    "lokr": ["adapter.kind=lokr", "adapter.factor=4", "--recipe naive"],
-    "oft": ["adapter.kind=oft", 'adapter.targets=["cross-attention"]', "--recipe naive"],
-    "fp8": ["base.quantize=fp8", "--recipe naive"],
-    "8bit": ["base.quantize=8bit", "adapter.dora=true", "--recipe naive"],
+    "oft": ["--recipe naive", "adapter.kind=oft", 'adapter.targets=["cross-attention"]'],
+    "8bit, dora": ["--recipe naive", "base.quantize=8bit", "adapter.dora=true"],
     "nf4": [
         "base.quantize=nf4", "base.dtype=bfloat16", "train.mixed_precision=bf16",
         "train.gradient_checkpointing=true",

@@ -117,8 +117,8 @@ def few_steps(page: Page) -> None:
 
 
 def _settle(page: Page) -> None:
-    """Wait two frames. One frame after a tab or a folded part was opened, gradio writes the values that the page
-    began with into it once more, which would undo what a quick hand has filled in by then."""
+    """Wait two frames. One frame after a tab or a folded part was opened, gradio writes the values that the
+    page began with into it once more, which would undo what a quick hand has filled in by then."""
     frame = "new Promise(requestAnimationFrame)"
     page.evaluate(f"async () => {{ await {frame}; await {frame}; }}")
 
@@ -173,25 +173,34 @@ def open_folder(page: Page, folder: str) -> None:
     page.get_by_role("button", name="Open", exact=True).click()
 
 
-def start_run(page: Page, name: str, *, pictures: str, steps: int, preview_every: int) -> None:
-    """Fill the form of the page "Train" and start; what is drawn and measured is short."""
+SHORTLY = """
+extends = "glasses"
+[preview]
+every = {preview_every}
+count = 1
+steps = 2
+[calibrate]
+count = 1
+steps = 1
+[evaluate]
+count = 2
+steps = 2
+"""
+
+
+def start_run(
+    page: Page, studio: Running, name: str, *, pictures: str, steps: int, preview_every: int
+) -> None:
+    """Fill the form of the page "Train" and start, with a preset of one's own that draws little."""
+    preset = studio.folder / "shortly.toml"
+    preset.write_text(SHORTLY.format(preview_every=preview_every), encoding="utf-8")
+    write(page, "Preset", str(preset))
     write(page, "Pictures", pictures)
     page.get_by_role("textbox", name=re.compile("^Name of the run")).fill(name)
     set_number(page, "train.steps", steps)
-    set_number(page, "preview.every", preview_every)
-    for section, values in {
-        "preview": {"preview.count": 1, "preview.steps": 2},
-        "calibrate": {"calibrate.count": 1, "calibrate.steps": 1},
-        "evaluate": {"evaluate.count": 2, "evaluate.steps": 2},
-    }.items():
-        first = page.get_by_role("spinbutton", name=next(iter(values)), exact=True)
-        unfold(page, re.compile(rf"^\[{section}\]"), first)
-        for key, value in values.items():
-            set_number(page, key, value)
-    command = re.compile(rf"train.steps={steps} .*evaluate.steps=2 ")
     page.wait_for_function(
         "text => [...document.querySelectorAll('textarea')].some((one) => new RegExp(text).test(one.value))",
-        arg=command.pattern,
+        arg=rf"shortly.toml .*train.steps={steps}( |$)",
     )
     page.get_by_role("button", name="Start", exact=True).click()
     page.get_by_text(f"{name} was started").wait_for()

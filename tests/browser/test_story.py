@@ -36,7 +36,7 @@ def test_from_sample_pictures_to_a_merged_checkpoint(page: Page, studio: Running
     shoot(page, "data")
 
     go(page, "Train")
-    start_run(page, "story", pictures=str(samples), steps=20, preview_every=10)
+    start_run(page, studio, "story", pictures=str(samples), steps=20, preview_every=10)
     shoot(page, "train")
 
     go(page, "Runs")

@@ -51,7 +51,7 @@ def test_a_run_outlives_the_studio_and_is_found_again(
 ) -> None:
     run = studio.runs / "long"
     page = open_page("Train")
-    start_run(page, "long", pictures=str(studio.folder / "samples"), steps=5000, preview_every=0)
+    start_run(page, studio, "long", pictures=str(studio.folder / "samples"), steps=5000, preview_every=0)
     wait_until(lambda: last_step(run) >= 2)
     process = processes.find(run)
     assert process is not None

@@ -42,14 +42,14 @@ def perfect_edits(judge: AttributeJudge, count: int) -> None:
     rng = random.Random(7)
     portraits = [attributes.draw_common(rng) for _ in range(count)]
     plain = pictures(portraits)
-    before, told = judge.read(plain), judge.told(plain)
+    before = judge.read(plain)
     print("| attribute | response | pollution of a perfect edit | of it |\n| --- | --- | --- | --- |")
     means = []
     for target, (attribute, value) in TARGETS.items():
         edited = pictures([portrait | {attribute: value} for portrait in portraits])
         response = judge.shows(edited, target).float().mean()
         rest = [name for name in judge.attributes if name not in (attribute, *COVERED[target])]
-        pairs = [compared(a, b, rest, sure) for a, b, sure in zip(before, judge.read(edited), told)]
+        pairs = [compared(a, b, rest) for a, b in zip(before, judge.read(edited), strict=True)]
         names = Counter(name for _, changed in pairs for name in changed)
         means.append(sum(len(changed) / len(seen) for seen, changed in pairs) / count)
         named = ", ".join(f"{name} {times / count:.3f}" for name, times in names.most_common())

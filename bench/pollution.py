@@ -1,6 +1,7 @@
 """What each recipe adds and what it pollutes: all embedded attributes x recipes x seeds, measured alike.
 
     python bench/pollution.py run   [--attributes glasses,beard] [--recipes naive,spf] [--jobs 2] [--output D]
+    python bench/pollution.py judge [--output DIR]
     python bench/pollution.py table [--results docs/results] [--output DIR]
 
 `run` trains each cell (attribute, recipe, seed) with the same data, steps and rank, draws the same prompts
@@ -8,9 +9,10 @@ with the same seeds as the base, and writes DIR/cells/ATTRIBUTE.RECIPE.SEED.json
 again, so an interrupted run goes on. A cell is a curve: the recipe's checkpoints and reduced strengths of
 its last one (see `bench/pollution.toml`, which lists the recipes), of which response and pollution alone are
 measured, and at its end the last step at the strength that `spf_kit.measure.strength` chooses, of every
-recipe alike, on prompts that are not reported. Drift is that of the first 24 prompts. `table` makes tables
-and contact sheets. Weights and schedules were tuned with `--prompts tune`, never on the prompts that are
-reported.
+recipe alike, on prompts that are not reported. Drift is that of the first 24 prompts. The pictures of that
+last point are kept, so that `judge` can have them looked at again, when the judge has changed. `table` makes
+tables and contact sheets. Weights and schedules were tuned with `--prompts tune`, never on the prompts that
+are reported.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pollution_point import KeptBase, Measured, keep_pictures
+from pollution_point import KeptBase, Measured, judged_again, keep_pictures
 
 HERE = Path(__file__).parent
 ATTRIBUTES = ("glasses", "sunglasses", "eyepatch", "beard", "moustache", "winter-hat")
@@ -165,6 +167,28 @@ def _points(
             keep_pictures(measured, cell.file(output).with_suffix(".safetensors"))
 
 
+def judge(options: argparse.Namespace) -> None:
+    """The last point of every cell anew, from its pictures."""
+    from spf_kit import config, families, schema
+    from spf_kit.files import atomic
+
+    family = families.load(schema.Base())
+    for file in sorted((options.output / "cells").glob("*.json")):
+        cell = json.loads(file.read_text(encoding="utf-8"))
+        prompts = _prompts(cell["prompts"])
+        evaluate = schema.Evaluate(prompts=prompts, count=cell["count"], steps=cell["sampler_steps"])
+        attribute = config.load(cell["attribute"], base="embedded").config.attribute
+        cell = judged_again(family, cell, file.with_suffix(".safetensors"), evaluate, attribute)
+        with atomic(file) as path:
+            path.write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
+        _say(cell)
+
+
+def _say(cell: dict[str, Any]) -> None:
+    said = {key: round(cell["points"][-1][key], 4) for key in ("response", "pollution", "leakage")}
+    print(cell["attribute"], cell["recipe"], cell["seed"], said, file=sys.stderr, flush=True)
+
+
 def cells_of(options: argparse.Namespace) -> list[Cell]:
     """What is still to be made; everything with one seed before the next, so that a cut-off run is fair."""
     cells = [
@@ -191,9 +215,7 @@ def run(options: argparse.Namespace) -> None:
         if done.returncode:
             print(done.stderr[-2000:], file=sys.stderr, flush=True)
             return
-        point = json.loads(cell.file(options.output).read_text())["points"][-1]
-        said = {key: round(point[key], 3) for key in ("response", "pollution", "leakage")}
-        print(cell.attribute, cell.recipe, cell.seed, said, file=sys.stderr, flush=True)
+        _say(json.loads(cell.file(options.output).read_text()))
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(one, todo))
@@ -202,7 +224,7 @@ def run(options: argparse.Namespace) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("command", choices=["run", "table", "cell"])
+    parser.add_argument("command", choices=["run", "judge", "table", "cell"])
     parser.add_argument("cell", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("runs/pollution"))
     parser.add_argument("--config", type=Path, default=HERE / "pollution.toml")
@@ -235,6 +257,8 @@ def main() -> None:
     options = parse()
     if options.command == "run":
         run(options)
+    elif options.command == "judge":
+        judge(options)
     elif options.command == "cell":
         attribute, recipe, seed = options.cell
         measure_cell(Cell(attribute, recipe, int(seed)), options.known[recipe], options)

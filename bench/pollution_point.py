@@ -8,41 +8,29 @@ from pathlib import Path
 from typing import Any
 
 DRIFT_COUNT = 24
-SURE = 0.8  # probability, for `pollution_sure`
 OF_PLAIN = ("leakage", "leaked", "drift_plain", "drift_target", "ssim_plain", "mae_plain")
 
 
 class Measured:
-    """The pictures of one point, beside the base's."""
+    """The pictures of one point, beside the base's, in eight bits a channel as files hold them."""
 
     def __init__(self, family: Any, handle: Any, evaluate: Any, attribute: Any, kept: KeptBase) -> None:
         from spf_kit.measure.evaluate import setup_of
 
         self.setup, self.handle = setup_of(family, evaluate, attribute), handle
         with handle.disabled():
-            self.base = kept.pictures or self.setup.draw(None)
+            self.base = kept.pictures or _rounded(self.setup.draw(None))
         kept.keep(self.base)
 
     def row(self, whole: bool) -> dict[str, Any]:
         """Numbers by name; what is not `whole` has no plain pictures, so neither leakage nor drift."""
         from spf_kit.measure.judges import Pictures
-        from spf_kit.measure.rows import row_of, summary
 
-        setup, count = self.setup, len(self.setup.seeds)
-        of_base = row_of(setup, self.base, self.base, ([0.0] * count,) * 2)
+        setup = self.setup
         drift = self._drift() if whole else (0.0, 0.0)
         self.lora = setup.draw(None) if whole else Pictures(setup.asked(None), self.base.plain)
-        row = row_of(setup, self.lora, self.base, tuple([value] * count for value in drift))
-        numbers = {key: value for key, value in summary(row).items() if isinstance(value, int | float)}
-        found = {
-            **numbers,
-            "pollution": of_base["preservation"] - row["preservation"],
-            "pollution_sure": surely_changed(setup, self.lora, self.base)
-            - surely_changed(setup, self.base, self.base),
-            "base": {key: of_base[key] for key in ("response", "preservation", "leakage", "response_clip")},
-            "changed": row["changed"],
-            "leaked": row["leaked"],
-        }
+        self.lora = _rounded(self.lora)
+        found = numbers(setup, self.lora, self.base, drift)
         return found if whole else {key: value for key, value in found.items() if key not in OF_PLAIN}
 
     def _drift(self) -> tuple[float, float]:
@@ -58,19 +46,35 @@ class Measured:
         return float(plain.measure().mean()), float(asked.measure().mean())
 
 
-def surely_changed(setup: Any, model: Any, base: Any) -> float:
-    """Mean share of the other attributes that were one thing and are another, the judge sure of both."""
-    from spf_kit.measure.judges import compared
+def numbers(setup: Any, lora: Any, base: Any, drift: tuple[float, float]) -> dict[str, Any]:
+    """What the judges say of pictures."""
+    from spf_kit.measure.rows import row_of, summary
 
-    judge, rest = setup.judge.judge, setup.judge.rest
-    before, after = judge.probabilities(base.plain), judge.probabilities(model.asked)
-    seen = list(zip(judge.read(base.plain), judge.read(model.asked), judge.told(base.plain), strict=True))
-    shares = []
-    for n, (was, now, told) in enumerate(seen):
-        visible, changed = compared(was, now, rest, told)
-        sure = [name for name in changed if min(before[name][n].max(), after[name][n].max()) >= SURE]
-        shares.append(len(sure) / max(1, len(visible)))
-    return sum(shares) / len(shares)
+    count = len(setup.seeds)
+    of_base = row_of(setup, base, base, ([0.0] * count,) * 2)
+    row = row_of(setup, lora, base, ([drift[0]] * count, [drift[1]] * count))
+    return {
+        **{key: value for key, value in summary(row).items() if isinstance(value, int | float)},
+        "pollution": of_base["preservation"] - row["preservation"],
+        "base": {key: of_base[key] for key in ("response", "preservation", "leakage", "response_clip")},
+        "changed": row["changed"],
+        "leaked": row["leaked"],
+    }
+
+
+def judged_again(family: Any, cell: dict[str, Any], pictures: Path, evaluate: Any, attribute: Any) -> Any:
+    """A cell whose last point the judges look at again, from the pictures that were kept of it."""
+    from safetensors.torch import load_file
+
+    from spf_kit.measure.evaluate import setup_of
+    from spf_kit.measure.judges import Pictures
+
+    setup = setup_of(family, evaluate, attribute)
+    kept = {name: value.float() / 255 for name, value in load_file(pictures).items()}
+    base, lora = (Pictures(kept[f"{name}.asked"], kept[f"{name}.plain"]) for name in ("base", "lora"))
+    last = cell["points"][-1]
+    found = numbers(setup, lora, base, (last["drift_plain"], last["drift_target"]))
+    return {**cell, "points": [*cell["points"][:-1], {**last, **found}]}
 
 
 @dataclass
@@ -104,17 +108,23 @@ class KeptBase:
                 save_file({"asked": drawn.asked.contiguous(), "plain": drawn.plain.contiguous()}, path)
 
 
-def keep_pictures(found: Any, file: Path, count: int = 8) -> None:
-    """The first pictures of a cell and of its base, for the contact sheets."""
+def keep_pictures(found: Measured, file: Path) -> None:
+    """Those of a cell and of its base, for contact sheets and for other judges."""
     from safetensors.torch import save_file
 
     from spf_kit.files import atomic
 
     drawn = {"base": found.base, "lora": found.lora}
     tensors = {
-        f"{name}.{kind}": (getattr(pictures, kind)[:count] * 255).round().byte().contiguous()
+        f"{name}.{kind}": (getattr(pictures, kind) * 255).round().byte().contiguous()
         for name, pictures in drawn.items()
         for kind in ("asked", "plain")
     }
     with atomic(file) as path:
-        save_file(tensors, path, {"prompts": json.dumps([c.base for c in found.setup.captions[:count]])})
+        save_file(tensors, path, {"prompts": json.dumps([c.base for c in found.setup.captions])})
+
+
+def _rounded(pictures: Any) -> Any:
+    from spf_kit.measure.judges import Pictures
+
+    return Pictures(*((drawn * 255).round() / 255 for drawn in (pictures.asked, pictures.plain)))

@@ -129,21 +129,37 @@ def overview(recipes: dict[str, list[Cell]]) -> list[str]:
     for name, found in recipes.items():
         at = matched(curve(found), goal) if goal is not None else None
         numbers = [
-            f"{mean(found, key):.2g}" if "drift" in key else f"{mean(found, key):.3f}{_spread(found, key)}"
+            f"{mean(found, key):.2g}"
+            if "drift" in key
+            else _written(key, mean(found, key)) + _spread(found, key)
             for key in KEYS
         ]
         cost = f"{mean_pace(found) / naive:.2f}" if naive else "–"
         strength = f"{mean(found, 'strength'):.2f}"
         lines.append(
-            _row([name, str(len(found)), strength, *numbers, "–" if at is None else f"{at:.3f}", cost])
+            _row(
+                [
+                    name,
+                    str(len(found)),
+                    strength,
+                    *numbers,
+                    "–" if at is None else _written("pollution", at),
+                    cost,
+                ]
+            )
         )
     return lines
+
+
+def _written(key: str, share: float) -> str:
+    """Pollutions are small."""
+    return f"{share:.4f}" if key == "pollution" else f"{share:.3f}"
 
 
 def _spread(cells: Sequence[Cell], key: str) -> str:
     """Standard error of the mean over cells; nothing of a single one."""
     values = [last(cell)[key] for cell in cells]
-    return f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f" ± {_written(key, stdev(values) / len(values) ** 0.5)}" if len(values) > 1 else ""
 
 
 def checks(recipes: dict[str, list[Cell]]) -> list[str]:
@@ -162,7 +178,10 @@ def checks(recipes: dict[str, list[Cell]]) -> list[str]:
         key: choose((mean(found, key), name) for name, found in by(own, "attribute").items())
         for key, choose in (("response", min), ("leakage", max))
     }
-    said = {key: f"{key} {ours:.3f} against {theirs:.3f}" for key, (ours, theirs) in means.items()}
+    said = {
+        key: f"{key} {_written(key, ours)} against {_written(key, theirs)}"
+        for key, (ours, theirs) in means.items()
+    }
     ours, theirs = means["pollution"]
     return [
         "",
@@ -170,18 +189,8 @@ def checks(recipes: dict[str, list[Cell]]) -> list[str]:
         "",
         f"- {said['response']}; the least is {worst['response'][0]:.3f} ({worst['response'][1]})",
         f"- {said['pollution']}" + (f": {ours / theirs:.2f} of it" if theirs > 0 else ""),
-        *sure_of(own, naive),
         f"- {said['leakage']}; the most is {worst['leakage'][0]:.3f} ({worst['leakage'][1]})",
     ]
-
-
-def sure_of(own: Sequence[Cell], naive: Sequence[Cell]) -> list[str]:
-    """Nothing where cells are older than this number."""
-    if not all("pollution_sure" in last(cell) for cell in (*own, *naive)):
-        return []
-    ours, theirs = mean(own, "pollution_sure"), mean(naive, "pollution_sure")
-    share = f": {ours / theirs:.2f} of it" if theirs > 0 else ""
-    return [f"- of it, changes from and to what the judge is sure of: {ours:.4f} against {theirs:.4f}{share}"]
 
 
 def mean_pace(cells: Sequence[Cell]) -> float:
@@ -195,7 +204,9 @@ def by_attribute(recipes: dict[str, list[Cell]], attributes: Sequence[str]) -> l
         for attribute in attributes:
             own = by(found, "attribute").get(attribute, [])
             values = (
-                [f"{mean(own, key):.2f}" for key in ("response", "pollution", "leakage")] if own else ["–"]
+                [_written(key, mean(own, key)) for key in ("response", "pollution", "leakage")]
+                if own
+                else ["–"]
             )
             row.append(" / ".join(values))
         lines.append(_row(row))
@@ -217,7 +228,6 @@ def table_of_points(cells: list[Cell]) -> str:
         "strength",
         "count",
         *KEYS,
-        "pollution_sure",
         "response_clip",
         "seconds_per_step_late",
     ]

@@ -139,3 +139,60 @@ def test_each_phrase_is_read_off_its_own_last_token() -> None:
     assert clip.phrase_loss(states, reader, ends, order, label).item() < 1e-6
     shifted = [[position - 1 for position in positions] for positions in ends]
     assert clip.phrase_loss(states, reader, shifted, order, label).item() > 1
+
+
+# --- what makes the judge steady --------------------------------------------------------------------------
+
+
+def test_twins_differ_in_one_preset_attribute() -> None:
+    rng, seen = random.Random(0), set()
+    for _ in range(200):
+        one, other = at.draw_twins(rng)
+        (name,) = [name for name in one if one[name] != other[name]]
+        seen.add(name)
+    assert seen == set(at.PRESET)
+
+
+def test_twins_are_held_together_where_both_can_be_seen() -> None:
+    from spf_kit.embedded.build import judge
+
+    one = dict.fromkeys(at.ATTRIBUTES, "none") | {name: values[0] for name, values in at.COMMON.items()}
+    twins = [one, {**one, "headwear": "winter hat"}]
+    label, mask = judge.labels(twins), judge.mask_of(twins)
+    logits = torch.randn(2, sum(judge.SIZES), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected, first = [], 0
+    for name, size in zip(at.ATTRIBUTES, judge.SIZES, strict=True):
+        p, q = (row[first : first + size].exp() / row[first : first + size].exp().sum() for row in logits)
+        first += size
+        if name not in ("headwear", "hair_style", "hair_color"):  # the hat itself, and what it hides
+            expected.append(((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 2)
+    found = judge.apart(logits, label, mask)
+    assert found.item() == pytest.approx(sum(map(float, expected)) / len(expected), rel=1e-6)
+    assert judge.apart(logits[:1].repeat(2, 1), label, mask) == 0
+
+
+def test_twins_get_the_same_faults() -> None:
+    from spf_kit.embedded.build import judge
+
+    torch.manual_seed(0)
+    pictures = torch.rand(4, 3, 64, 64) * 2 - 1
+    x = judge.twice(pictures.repeat_interleave(2, 0), None)
+    assert torch.equal(x[::2], x[1::2])
+    assert not torch.equal(x[::2], pictures)
+
+
+def test_prompts_of_drawn_pictures_leave_open_what_the_base_may_not_draw() -> None:
+    from spf_kit.embedded.build.drawn import prompts
+    from spf_kit.embedded.judge import COVERED
+
+    reported = {frozenset(p.split(", ")) for name in ("tune", "evaluate") for p in embedded.prompts(name)}
+    asked = 0
+    for text, portrait in prompts(100, random.Random(0)):
+        named = at.parse(text)
+        target = next((target for target in at.TARGETS if text.endswith(target)), None)
+        asked += target is not None
+        unknown = {at.TARGETS[target][0], *COVERED[target]} if target else set()
+        assert set(portrait) == set(at.ATTRIBUTES) - unknown
+        assert all(portrait[name] == named.get(name, "none") for name in portrait)
+        assert frozenset(text.split(", ")) - {target} not in reported
+    assert asked == 50

@@ -36,8 +36,6 @@ COVERED: dict[str, tuple[str, ...]] = {
     "wearing a winter hat": ("hair_style", "hair_color"),
 }
 
-SURE = 0.5  # probability of a value from which on it can be said of a picture
-
 
 def hidden(seen: Mapping[str, str]) -> set[str]:
     """The attributes of a picture (attribute -> value) that cannot be seen in it. What the judge says of them
@@ -106,7 +104,8 @@ class AttributeJudge:
     def save(self, folder: Path, widths: tuple[int, ...]) -> None:
         """Write config.json and model.safetensors in half precision."""
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.half() for k, v in self.network.state_dict().items() if v.is_floating_point()}
+        state = self.network.state_dict()
+        weights = {k: v.half().contiguous() for k, v in state.items() if v.is_floating_point()}
         save_file(weights, folder / "model.safetensors")
         config = {"attributes": self.attributes, "widths": list(widths), "image_size": 64}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -133,14 +132,6 @@ class AttributeJudge:
             name: [self.attributes[name][i] for i in found.tolist()] for name, found in self(images).items()
         }
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
-
-    def told(self, images: Tensor) -> list[set[str]]:
-        """(B, 3, H, W) in [0, 1] to the attributes of each picture whose value is likelier than all others
-        together. Of the rest the judge cannot say what the picture shows, and says another value at the
-        slightest change: noise that nobody sees turns 0.1 to 0.3 of these readings, a few of those up to
-        0.6, and none of the others (bench/judge_floor.py)."""
-        likely = {name: (p.amax(1) >= SURE).tolist() for name, p in self.probabilities(images).items()}
-        return [{name for name in likely if likely[name][n]} for n in range(len(images))]
 
     def shows(self, images: Tensor, target: str) -> Tensor:
         """(B,) bool: whether each picture shows `target`, a key of TARGETS."""

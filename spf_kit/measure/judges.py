@@ -9,7 +9,7 @@ Shapes: N prompts, H x W pixels, pictures (N, 3, H, W) in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -58,9 +58,8 @@ class ByAttributes:
 
     Kept are all attributes but the target's and those that the target covers (a winter hat covers hair). What
     cannot be seen in either of two pictures is not compared: dreadlocks fall over a blazer's colour, and the
-    classifier, which has to say something, says another colour at the slightest change. Nor is, but for the
-    target's own attribute, what it cannot tell in the base's picture: a mouth between sad and smiling. A
-    target phrase that it does not know is left to the CLIP pair; then the target covers nothing.
+    classifier, which has to say something, says another colour at the slightest change. A target phrase that
+    it does not know is left to the CLIP pair; then the target covers nothing.
     """
 
     def __init__(
@@ -73,10 +72,8 @@ class ByAttributes:
         self.clip = clip
         self.name = "attribute classifier"
         covered: Sequence[str] = ()
-        self.own: str | None = None  # the attribute that the target is a value of
         if self.target is not None:
-            self.own = TARGETS[self.target][0]
-            covered = (self.own, *COVERED[self.target])
+            covered = (TARGETS[self.target][0], *COVERED[self.target])
         elif clip is not None:
             self.name += f"; response by {clip.name}"
         else:
@@ -85,12 +82,11 @@ class ByAttributes:
 
     def __call__(self, model: Pictures, base: Pictures, captions: Sequence[Caption]) -> list[Verdict]:
         seen_asked, seen_plain, seen_base = map(self.judge.read, (model.asked, model.plain, base.plain))
-        told, responds = self.judge.told(base.plain), self._responds(model.asked, captions)
+        responds = self._responds(model.asked, captions)
         verdicts = []
         for n in range(len(captions)):
-            rest, changed = compared(seen_base[n], seen_asked[n], self.rest, told[n])
-            also = told[n] | {self.own} if self.own else told[n]
-            leaked = compared(seen_base[n], seen_plain[n], self.judge.attributes, also)[1]
+            rest, changed = compared(seen_base[n], seen_asked[n], self.rest)
+            leaked = compared(seen_base[n], seen_plain[n], self.judge.attributes)[1]
             verdicts.append(Verdict(responds[n], 1 - len(changed) / max(1, len(rest)), changed, leaked))
         return verdicts
 
@@ -104,14 +100,13 @@ class ByAttributes:
 
 
 def compared(
-    base: Mapping[str, str], seen: Mapping[str, str], attributes: Iterable[str], told: Collection[str]
+    base: Mapping[str, str], seen: Mapping[str, str], attributes: Iterable[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Which of the attributes can be seen in both pictures and `told` of the base's, and which of these
-    differ."""
+    """Which of the attributes can be seen in both pictures, and which of these differ."""
     from spf_kit.embedded.judge import hidden
 
     # what hides something and came or went has itself changed, and says so
-    visible = tuple(a for a in attributes if a in told and a not in hidden(base) | hidden(seen))
+    visible = tuple(a for a in attributes if a not in hidden(base) | hidden(seen))
     return visible, tuple(a for a in visible if base[a] != seen[a])
 
 

@@ -131,6 +131,14 @@ def draw_uniform(rng: random.Random) -> Portrait:
     return portrait
 
 
+def draw_twins(rng: random.Random) -> tuple[Portrait, Portrait]:
+    """A portrait of `draw_uniform`, and the same with one other preset attribute (for the judge)."""
+    portrait = draw_uniform(rng)
+    attribute = rng.choice(list(PRESET))
+    other = rng.choice([value for value in PRESET[attribute] if value != portrait[attribute]])
+    return portrait, {**portrait, attribute: other}
+
+
 def draw_rare(rng: random.Random, share: float = 0.01) -> Portrait:
     """A portrait in which each of the six preset attributes has probability `share` (for the UNet)."""
     portrait = draw_common(rng)

@@ -21,14 +21,14 @@ def chance(x: Tensor, share: float) -> Tensor:
 
 
 @torch.no_grad()
-def augment(x: Tensor, vae: AutoencoderKL | None = None) -> Tensor:
+def augment(x: Tensor, vae: AutoencoderKL | None = None, share: float = 1 / 3) -> Tensor:
     """Pictures in [-1, 1], (B, 3, 64, 64), each with some of the faults.
 
-    With a VAE, a third of the pictures are decoded from latents with noise on them.
+    With a VAE, a `share` of the pictures, the first, are decoded from latents with noise on them.
     """
     x = x.clone()
     if vae is not None:
-        count = len(x) // 3
+        count = int(len(x) * share)
         z = vae.encode(x[:count]).latent_dist.mode()
         noise = torch.rand(count, 1, 1, 1) * 0.35 / vae.config.scaling_factor
         x[:count] = vae.decode(z + noise * torch.randn_like(z)).sample.float()

@@ -36,7 +36,9 @@ alone the UNet drew sunglasses in 94% of the pictures that asked for them, which
 Two CPU cores, shared with other work: VAE 17 minutes, then 21 for the decoder alone; CLIP 15 minutes, then 24
 for its image tower and text projection (the text encoder frozen, the last 11 with weight on moustaches, which are
 small), then 7 for its text tower, with captions that exchange the colours of hair and clothes and with each phrase
-read off the state of its last token; judge 14 minutes; UNet ({unet_steps} steps of 48 pictures) about 135 minutes,
+read off the state of its last token; judge 14 minutes, and in the end 1900 steps more on pairs of portraits that
+differ in one preset attribute alone and on 2,400 pictures that the base drew, labelled by their prompts (none of
+those that spf-kit tunes or reports with); UNet ({unet_steps} steps of 48 pictures) about 135 minutes,
 the last 24 on that text tower and with the loss weighed as v-prediction's. The scripts are in
 `spf_kit/embedded/build`.
 
@@ -44,7 +46,7 @@ Before those last two, a linear reader found the colour of the clothes in the st
 captions (now: all), and 8 of 100 pictures had hair, and 8 clothes, in a colour not asked for, mostly the other's.
 
 ## Scores
-By the judge, DDIM {steps} steps, guidance 4, {prompts} prompts that no training used. `scores.json` has them in full.
+By the judge as it was before those last steps, DDIM {steps} steps, guidance 4, {prompts} prompts that no training used. `scores.json` has them in full.
 Scores on these prompts decided how often to name an attribute falsely and when to train on, before the last 24
 minutes of the UNet. Those were run once, looked at on half of these prompts a third of the way, and ended early.
 

@@ -140,9 +140,9 @@ def _one(job: tuple[Portrait, int]) -> np.ndarray:
     return picture(job[0], random.Random(job[1]))
 
 
-def pictures(portraits: list[Portrait], seed: int, workers: int = 1) -> np.ndarray:
-    """(N, 64, 64, 3) uint8."""
-    jobs = [(portrait, seed * 1_000_003 + i) for i, portrait in enumerate(portraits)]
+def pictures(portraits: list[Portrait], seed: int, workers: int = 1, together: int = 1) -> np.ndarray:
+    """(N, 64, 64, 3) uint8. Each `together` portraits are drawn by the same random numbers."""
+    jobs = [(portrait, seed * 1_000_003 + i // together) for i, portrait in enumerate(portraits)]
     if workers == 1:
         return np.stack([_one(job) for job in jobs])
     with ProcessPoolExecutor(workers) as pool:
@@ -150,25 +150,32 @@ def pictures(portraits: list[Portrait], seed: int, workers: int = 1) -> np.ndarr
 
 
 def load(folder: Path) -> tuple[np.ndarray, list[Portrait]]:
-    """A cache written by `main`: pictures (N, 64, 64, 3) uint8 and their attributes."""
+    """A cache written by `save`: pictures (N, 64, 64, 3) uint8 and their attributes."""
     lines = (folder / "portraits.jsonl").read_text().splitlines()
     return np.load(folder / "pictures.npy"), [json.loads(line) for line in lines]
+
+
+def save(folder: Path, drawn: np.ndarray, portraits: list[Portrait]) -> None:
+    """A cache for `load`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "pictures.npy", drawn)
+    (folder / "portraits.jsonl").write_text("".join(json.dumps(p) + "\n" for p in portraits))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=24000)
-    parser.add_argument("--draw", choices=["uniform", "rare"], default="uniform")
+    parser.add_argument("--draw", choices=["uniform", "rare", "twins"], default="uniform")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    draw = {"uniform": at.draw_uniform, "rare": at.draw_rare}[options.draw]
-    portraits = [draw(rng) for _ in range(options.count)]
-    options.output.mkdir(parents=True, exist_ok=True)
-    np.save(options.output / "pictures.npy", pictures(portraits, options.seed, options.workers))
-    (options.output / "portraits.jsonl").write_text("".join(json.dumps(p) + "\n" for p in portraits))
+    together = 2 if options.draw == "twins" else 1
+    draw = {"uniform": at.draw_uniform, "rare": at.draw_rare, "twins": at.draw_twins}[options.draw]
+    found = [draw(rng) for _ in range(options.count // together)]
+    portraits = [portrait for one in found for portrait in (one if isinstance(one, tuple) else (one,))]
+    save(options.output, pictures(portraits, options.seed, options.workers, together), portraits)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ person found none: hard negatives for the last three heads only.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -99,40 +100,62 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     start(options.seed, options.threads)
-    pictures, portraits = load(options.twins)
-    label, mask = labels(portraits), mask_of(portraits)
-    held = min(HELD_OUT, len(pictures) // 4 // 2 * 2)
-    vae = AutoencoderKL.from_pretrained(options.vae).eval() if options.vae else None
-    also = _drawn(options.drawn) if options.drawn else None
-    extra = np.load(options.generated) if options.generated else None
+    twins = Labelled.read(options.twins)
+    held = min(HELD_OUT, len(twins.pictures) // 4 // 2 * 2)
     network = JudgeNetwork(sum(SIZES), WIDTHS)
     if options.initial:
         network = AttributeJudge.load(options.initial).network
+    log = Log(options.output / "log.jsonl")
+    train(network, twins, held, options, log)
+    last = twins[torch.arange(len(twins.pictures) - held, len(twins.pictures))]
+    log(accuracy=accuracy(network, *last))
+    names = {name: list(values) for name, values in at.ATTRIBUTES.items()}
+    AttributeJudge(network, names).save(options.output, WIDTHS)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pictures of a cache with what is known of them."""
+
+    pictures: np.ndarray  # (N, 64, 64, 3) uint8
+    label: Tensor  # (N, attributes)
+    mask: Tensor
+
+    @classmethod
+    def read(cls, folder: Path) -> Labelled:
+        pictures, portraits = load(folder)
+        return cls(pictures, labels(portraits), mask_of(portraits))
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, 64, 64) in [-1, 1], labels and masks."""
+        return to_tensor(self.pictures[index.numpy()]), self.label[index], self.mask[index]
+
+
+def train(network: JudgeNetwork, twins: Labelled, held: int, options: argparse.Namespace, log: Log) -> None:
+    """By cross-entropy on all pictures and `apart` on twins; leaves the average of the weights."""
+    vae = AutoencoderKL.from_pretrained(options.vae).eval() if options.vae else None
+    also = Labelled.read(options.drawn) if options.drawn else None
+    extra = np.load(options.generated) if options.generated else None
     network.requires_grad_(True).train().to(memory_format=torch.channels_last)  # a third faster
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=0.02)
-    average, log = Average(network, 0.995), Log(options.output / "log.jsonl")
-    budget = Budget(options.minutes, options.steps)
+    average, budget = Average(network, 0.995), Budget(options.minutes, options.steps)
     while budget.share < 1:
         for group in optimizer.param_groups:
             group["lr"] = budget.factor() * options.lr
-        pair = torch.randint((len(pictures) - held) // 2, (options.batch // 2,))
-        index = torch.stack([2 * pair, 2 * pair + 1], 1).flatten()
-        x, y, m = [twice(to_tensor(pictures[index.numpy()]), vae)], [label[index]], [mask[index]]
+        pair = torch.randint((len(twins.pictures) - held) // 2, (options.batch // 2,))
+        x, y, m = twins[torch.stack([2 * pair, 2 * pair + 1], 1).flatten()]
+        parts, count = [(twice(x, vae), y, m)], options.batch // 4
         if also is not None:
-            drawn, its_label, its_mask = also
-            index = torch.randint(len(drawn), (options.batch // 4,))
-            x.append(augment(to_tensor(drawn[index.numpy()])))
-            y.append(its_label[index])
-            m.append(its_mask[index])
+            x, y, m = also[torch.randint(len(also.pictures), (count,))]
+            parts.append((augment(x), y, m))
         if extra is not None:
-            count = options.batch // 4
-            x.append(augment(to_tensor(extra[np.random.randint(len(extra), size=count)])))
-            y.append(torch.zeros(count, len(SIZES), dtype=label.dtype))
-            m.append(torch.zeros(count, len(SIZES)).index_fill_(1, torch.tensor(PRESET_COLUMNS), 1.0))
-        logits, y_all, m_all = network(torch.cat(x)), torch.cat(y), torch.cat(m)
-        twins = slice(0, len(y[0]))
-        difference = apart(logits[twins], y_all[twins], m_all[twins])
-        loss = loss_of(logits, y_all, m_all) + TOGETHER * difference
+            x = augment(to_tensor(extra[np.random.randint(len(extra), size=count)]))
+            m = torch.zeros(count, len(SIZES)).index_fill_(1, torch.tensor(PRESET_COLUMNS), 1.0)
+            parts.append((x, torch.zeros(count, len(SIZES), dtype=y.dtype), m))
+        x, y, m = map(torch.cat, zip(*parts))
+        logits, pairs = network(x), slice(0, 2 * len(pair))
+        difference = apart(logits[pairs], y[pairs], m[pairs])
+        loss = loss_of(logits, y, m) + TOGETHER * difference
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -141,16 +164,6 @@ def main() -> None:
         if budget.step % 100 == 0:
             log(step=budget.step, loss=loss.item(), apart=difference.item())
     average.swap()
-    last = slice(len(pictures) - held, None)
-    log(step=budget.step, accuracy=accuracy(network, to_tensor(pictures[last]), label[last], mask[last]))
-    names = {name: list(values) for name, values in at.ATTRIBUTES.items()}
-    AttributeJudge(network, names).save(options.output, WIDTHS)
-
-
-def _drawn(folder: Path) -> tuple[np.ndarray, Tensor, Tensor]:
-    """Pictures, labels and masks of a cache."""
-    pictures, portraits = load(folder)
-    return pictures, labels(portraits), mask_of(portraits)
 
 
 if __name__ == "__main__":

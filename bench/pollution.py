@@ -174,11 +174,15 @@ def judge(options: argparse.Namespace) -> None:
 
     family = families.load(schema.Base())
     for file in sorted((options.output / "cells").glob("*.json")):
-        cell = json.loads(file.read_text(encoding="utf-8"))
+        cell, pictures = json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".safetensors")
+        if not pictures.is_file():
+            raise SystemExit(
+                f"{pictures} is missing: {file.name} cannot be judged again, measure it with run"
+            )
         prompts = _prompts(cell["prompts"])
         evaluate = schema.Evaluate(prompts=prompts, count=cell["count"], steps=cell["sampler_steps"])
         attribute = config.load(cell["attribute"], base="embedded").config.attribute
-        cell = judged_again(family, cell, file.with_suffix(".safetensors"), evaluate, attribute)
+        cell = judged_again(family, cell, pictures, evaluate, attribute)
         with atomic(file) as path:
             path.write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
         _say(cell)

@@ -86,8 +86,8 @@ def captions(
 
 
 def labels(portraits: list[Portrait]) -> Tensor:
-    """(B, attributes) class indices."""
-    return torch.tensor([[v.index(p[a]) for a, v in at.ATTRIBUTES.items()] for p in portraits])
+    """(B, attributes) class indices; 0 where a portrait does not say."""
+    return torch.tensor([[v.index(p.get(a, v[0])) for a, v in at.ATTRIBUTES.items()] for p in portraits])
 
 
 def head_loss(logits: Tensor, label: Tensor, told: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spf_kit.embedded.build import attributes as at
 from spf_kit.embedded.build.augment import augment
+from spf_kit.embedded.build.clip import labels
 from spf_kit.embedded.build.common import Average, Budget, Log, start, to_tensor
 from spf_kit.embedded.build.render import load
 from spf_kit.embedded.judge import AttributeJudge, JudgeNetwork, hidden
@@ -35,11 +36,6 @@ DECODED = 0.125  # share of the twins that went through the VAE; the base's own 
 TOGETHER = 1.0  # weight of saying the same of twins, beside cross-entropy
 SIZES = [len(values) for values in at.ATTRIBUTES.values()]
 PRESET_COLUMNS = [i for i, name in enumerate(at.ATTRIBUTES) if name in at.PRESET]
-
-
-def labels(portraits: list[at.Portrait]) -> Tensor:
-    """(B, attributes) class indices; 0 for what is not known, see `mask_of`."""
-    return torch.tensor([[v.index(p.get(a, v[0])) for a, v in at.ATTRIBUTES.items()] for p in portraits])
 
 
 def mask_of(portraits: list[at.Portrait]) -> Tensor:

@@ -128,26 +128,11 @@ def overview(recipes: dict[str, list[Cell]]) -> list[str]:
     lines.append(_row(["base model", "", "", *shares[:2], "0", shares[2], "0", "0", "", ""]))
     for name, found in recipes.items():
         at = matched(curve(found), goal) if goal is not None else None
-        numbers = [
-            f"{mean(found, key):.2g}"
-            if "drift" in key
-            else _written(key, mean(found, key)) + _spread(found, key)
-            for key in KEYS
-        ]
+        numbers = [f"{mean(found, key):.2g}" if "drift" in key else _shown(found, key) for key in KEYS]
         cost = f"{mean_pace(found) / naive:.2f}" if naive else "–"
         strength = f"{mean(found, 'strength'):.2f}"
-        lines.append(
-            _row(
-                [
-                    name,
-                    str(len(found)),
-                    strength,
-                    *numbers,
-                    "–" if at is None else _written("pollution", at),
-                    cost,
-                ]
-            )
-        )
+        reached = "–" if at is None else _written("pollution", at)
+        lines.append(_row([name, str(len(found)), strength, *numbers, reached, cost]))
     return lines
 
 
@@ -156,10 +141,11 @@ def _written(key: str, share: float) -> str:
     return f"{share:.4f}" if key == "pollution" else f"{share:.3f}"
 
 
-def _spread(cells: Sequence[Cell], key: str) -> str:
-    """Standard error of the mean over cells; nothing of a single one."""
+def _shown(cells: Sequence[Cell], key: str) -> str:
+    """The mean over cells and its standard error, which a single one has not."""
     values = [last(cell)[key] for cell in cells]
-    return f" ± {_written(key, stdev(values) / len(values) ** 0.5)}" if len(values) > 1 else ""
+    error = f" ± {_written(key, stdev(values) / len(values) ** 0.5)}" if len(values) > 1 else ""
+    return _written(key, mean(cells, key)) + error
 
 
 def checks(recipes: dict[str, list[Cell]]) -> list[str]:
